@@ -17,6 +17,9 @@ from imstream.user_ids import UserId
 
 _RETRY_INTERVAL = 1.0  # seconds between two attempts to write a route while Redis is not available
 
+_REFRESH_AFTER_ERROR = 15.0
+"""Seconds from a failed attempt until all routes are written again: a removal may have run after its time limit."""
+
 log = structlog.get_logger()
 
 
@@ -114,6 +117,7 @@ class Presence:
                     await self._write_route(user_id)
                 except StoreError:
                     self._stale.add(user_id)
+                    refresh_at = loop.time() + _REFRESH_AFTER_ERROR
                     await asyncio.sleep(_RETRY_INTERVAL)
 
     async def _write_route(self, user_id: UserId) -> None:

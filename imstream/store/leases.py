@@ -96,6 +96,7 @@ class Leases:
         self._keys = Keys(settings.key_prefix)
         self._duration = milliseconds(settings.lease)
         self._dead_age = milliseconds(settings.dead_age)
+        self._retire_after = milliseconds(settings.retire_after)
         self.status: Callable[[], Mapping[str, str | int]] = dict
         """Returns the fields that are recorded with each renewal, for `imstream nodes`."""
         self._renewed = 0  # when we last renewed, by Redis' clock (ms)
@@ -177,13 +178,12 @@ class Leases:
 
     async def retire(self, node: str) -> bool:
         """Delete the keys of a node; its dead letters expire. False when it is alive, adopted, or has requests."""
-        keys = self._keys
+        keys, gone_since = self._keys, now_ms() - self._retire_after
         deleted = (keys.lease, keys.adopter, keys.requests, keys.load, keys.inbox, keys.redis_run)
         of_node = [key(node) for key in (*deleted, keys.dead, keys.status)]
         if not await LUA["retire"].run(self._redis, of_node, (self._dead_age,)):
             return False
-        await self._redis.execute("ZREM", keys.nodes(), node)
-        return True
+        return bool(await LUA["unlist"].run(self._redis, (keys.nodes(),), (node, gone_since)))
 
 
 def is_node_id(text: str) -> bool:

@@ -27,7 +27,7 @@ class Adopter:
         self._make_consumer = make_consumer
         self._consumers: dict[str, StreamConsumer] = {}
         self._searched: set[str] = set()
-        """Nodes in whose streams an earlier process of this node has left no pending entry."""
+        """Nodes whose groups have no consumer that an earlier process of this node has left."""
         self._errors: dict[str, str] = {}
         """The last error of each stream that cannot be read. It is logged once, not at each scan."""
         self._newer: dict[str, int] = {}  # number of requests in each stream that only a newer release supports
@@ -75,7 +75,7 @@ class Adopter:
                 can_adopt = self._deps.lease_keeper.can_declare_dead and not self._deps.pauses.own
                 if can_adopt and leases[node] is None and node not in self._consumers:
                     await self._adopt_or_retire(group, node, since)
-                if self._deps.lease_keeper.held and node not in self._consumers and node not in self._searched:
+                if self._deps.lease_keeper.held and node not in self._consumers:
                     await self._resume(group, node)
             except StoreError as error:  # other streams may be on a healthy part of Redis
                 if self._errors.get(node) != str(error):
@@ -107,15 +107,19 @@ class Adopter:
         self._start(group, node, self._make_consumer(node))
 
     async def _resume(self, group: asyncio.TaskGroup, node: str) -> None:
-        """Finish the adoptions of an earlier process of this node: no other node does while both nodes live."""
+        """Finish what is pending under our name: no other node does while both nodes live.
+
+        An earlier process of this node has left it, or Redis has run a read of ours after its time limit.
+        """
         if not await self._deps.leases.has_pending(node):
-            await self._deps.leases.release_stream(node)  # removes our consumer if the node has claimed its entries
+            if node not in self._searched:  # removes our consumer if the node has claimed its entries
+                await self._deps.leases.release_stream(node)
+                self._searched.add(node)
         elif not self._stopping:
             log.info("resuming an earlier adoption", node=node)
             consumer = self._make_consumer(node)
             consumer.finish_pending()
             self._start(group, node, consumer)
-        self._searched.add(node)
 
     def _start(self, group: asyncio.TaskGroup, node: str, consumer: StreamConsumer) -> None:
         self._consumers[node] = consumer

@@ -272,7 +272,7 @@ async def test_an_opening_whose_answer_was_lost_is_returned_again(store: Store) 
     assert (await opened_twice("c")).waited is not None
 
 
-async def test_only_an_opening_of_the_same_caller_that_nothing_follows_is_returned_again(store: Store) -> None:
+async def test_only_the_latest_opening_is_returned_again_and_only_to_its_caller(store: Store) -> None:
     async def opened_with(word: str) -> Opening:
         return await store.replies.open(USER, MESSAGE, request="0/1-0", word=word)
 
@@ -280,7 +280,8 @@ async def test_only_an_opening_of_the_same_caller_that_nothing_follows_is_return
     assert await opened_with("b") == Opened(2)  # another process of this node
     assert await opened_with("a") == Opened(3)
     await append(store.replies, 0, "abc", attempt=3)
-    assert await opened_with("a") == Opened(4)
+    assert await opened_with("a") == Opened(3)  # it runs after its repetition
+    assert await opened_with("b") == Opened(4)
     await store.replies.cancel(USER, MESSAGE)
     assert await opened_with("a") == Ended("cancelled", "0/1-0")
 

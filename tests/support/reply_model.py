@@ -93,8 +93,9 @@ class ReplyModel:
                 return Ended(last.terminal.event, self.owner)
             if last.attempt > 0 and self.owner not in {request, lost}:
                 return Duplicate(self.owner)
-            if last.event == "opened" and last.word == word != "":
-                continued = Continued(last.wire, dict(last.valid), None, last.text) if last.wire else None
+            begun = self.latest[0]
+            if last.attempt > 0 and begun.word == word != "":
+                continued = Continued(begun.wire, dict(begun.valid), None, begun.text) if begun.wire else None
                 return Opened(last.attempt, continued=continued)
             known, after = after, max(after, last.attempt)
             if self.owner == request and 0 < last.offset < continues:

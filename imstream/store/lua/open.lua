@@ -26,8 +26,8 @@
 -- ARGV[12] how many characters the caller has shown in the attempt ARGV[4]; '' if it is not the writer
 -- ARGV[13] usage of the calls that wrote them; '' if unknown
 -- ARGV[14] '1' if the attempt ARGV[4] has made no call, and does not count
--- ARGV[15] a random word that all tries of one opening share: if an earlier try, whose answer was lost, has begun the
---          latest attempt, nothing is written, and its answer is returned again
+-- ARGV[15] a random word that all tries of one opening share: if another try, whose answer was lost, or which this one
+--          runs after, has begun the latest attempt, nothing is written, and its answer is returned again
 -- ARGV[16] '1' if the request was made from a dead letter
 -- ARGV[17] milliseconds since an operator's pause ended, '' if none is known: no time before that counts as waited
 -- Returns  {'opened', id of the entry, attempt, counted attempts before it, milliseconds since it began to wait or '',
@@ -80,6 +80,16 @@ local function owner()
     return entry and field(entry, 'request') or ''
 end
 
+-- Whether a request has opened the reply before. One that runs late must not reopen it after a later request has failed.
+local function has_opened(request)
+    for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
+        if field(entry, 'request') == request then
+            return true
+        end
+    end
+    return false
+end
+
 -- How an attempt goes on from `entry`, the latest 'opened', at an offset.
 local function continue(entry, attempt, offset)
     local wire, valid = field(entry, 'wire') or tostring(attempt), field(entry, 'valid') or ''
@@ -121,10 +131,9 @@ local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 if last then
     local event = field(last, 'event')
     if TERMINAL[event] then
-        local request = owner()
-        reopened = event == 'failed' and ARGV[16] == '1' and request ~= ARGV[1]
+        reopened = event == 'failed' and ARGV[16] == '1' and not has_opened(ARGV[1])
         if not reopened then
-            return {'ended', event, request}
+            return {'ended', event, owner()}
         end
     end
     attempt = tonumber(field(last, 'attempt'))
@@ -135,8 +144,8 @@ if last then
         if request ~= ARGV[1] and request ~= ARGV[3] then
             return {'duplicate', request}
         end
-        if event == 'opened' and field(last, 'try') == ARGV[15] then
-            return answer(last, time_since(since))
+        if entry and field(entry, 'try') == ARGV[15] then
+            return answer(entry, time_since(since))
         end
         -- An attempt that did no more than wait for its backend does not count; older releases do not record the number.
         local is_unused = event == 'waiting' or ARGV[14] == '1' and attempt == tonumber(ARGV[4])
