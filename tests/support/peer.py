@@ -16,7 +16,7 @@ from itertools import cycle
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.typing import Subprotocol
 
 from imstream.user_ids import UserId
@@ -201,7 +201,7 @@ async def peer(  # noqa: PLR0913 - one is required, the others are options
     headers: Mapping[str, str] | None = None,
     subprotocols: Sequence[str] | None = None,
 ) -> AsyncIterator[Peer]:
-    """Connect; with a user, log in.
+    """Connect; with a user, log in, once the node is ready: on a busy machine it may lose a short lease.
 
     Args:
         url: The node's WebSocket URL.
@@ -213,22 +213,35 @@ async def peer(  # noqa: PLR0913 - one is required, the others are options
         subprotocols: The offered subprotocols.
     """
     all_headers = {**({} if lang is None else {"Accept-Language": lang}), **(headers or {})}
-    async with connect(
-        url,
-        additional_headers=all_headers,
-        subprotocols=None if subprotocols is None else [Subprotocol(name) for name in subprotocols],
-        compression=None,
-        max_size=None,
-        ping_interval=None,
-        proxy=None,
-    ) as connection:
+    connection = await _connect(url, all_headers, subprotocols, until_ready=user is not None)
+    try:
         someone = Peer(connection)
-        try:
-            if user is not None:
-                await someone.login(user, resume, token)
-            yield someone
-        finally:
-            await _close(connection)
+        if user is not None:
+            await someone.login(user, resume, token)
+        yield someone
+    finally:
+        await _close(connection)
+
+
+async def _connect(
+    url: str, headers: Mapping[str, str], subprotocols: Sequence[str] | None, *, until_ready: bool
+) -> ClientConnection:
+    async with asyncio.timeout(LIMIT):
+        while True:
+            try:
+                return await connect(
+                    url,
+                    additional_headers=headers,
+                    subprotocols=None if subprotocols is None else [Subprotocol(name) for name in subprotocols],
+                    compression=None,
+                    max_size=None,
+                    ping_interval=None,
+                    proxy=None,
+                )
+            except InvalidStatus as refused:
+                if not until_ready or refused.response.status_code != 503:
+                    raise
+            await asyncio.sleep(0.1)  # retry
 
 
 async def _close(connection: ClientConnection) -> None:
