@@ -16,7 +16,7 @@ from imstream.cli.balancer import Program, find_program
 from imstream.client import Client, Connected, ConnectionChange
 from tests.support.backend_scripts import goes_on_until
 from tests.support.balancing import Balancer
-from tests.support.processes import PYTHON, free_port, http_status, start
+from tests.support.processes import PYTHON, free_port, http_status, start, wait_for
 from tests.support.scripted_backend import scripted_backend
 from tests.support.servers import OPS, USER, DemoBackend, RedisServer, missing, start_node
 from tests.support.tcp_proxy import tcp_proxy
@@ -167,10 +167,10 @@ async def test_the_shipped_configuration_of_haproxy_is_reloaded_without_a_discon
                     [worker] = psutil.Process(running.pid).children()
                     running.signal(signal.SIGUSR2)
 
-                    def new_workers() -> list[psutil.Process]:
-                        return [one for one in psutil.Process(running.pid).children() if one.pid != worker.pid]
+                    def has_new_worker() -> bool:
+                        return any(one.pid != worker.pid for one in psutil.Process(running.pid).children())
 
-                    await wait_until(lambda: len(new_workers()) == 1, "there is a new worker")
+                    await asyncio.to_thread(wait_for, has_new_worker, running, "a new worker")
                     # New connections come to it while the old one still has the socket.
                     await wait_until(
                         lambda: http_status(f"{balancer.http}/readyz") == 200, "new connections are served"
