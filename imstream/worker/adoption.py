@@ -28,6 +28,8 @@ class Adopter:
         self._consumers: dict[str, StreamConsumer] = {}
         self._searched: set[str] = set()
         """Nodes whose groups have no consumer that an earlier process of this node has left."""
+        self._read: set[str] = set()
+        """Nodes whose streams this process has read: Redis may run a read after its time limit."""
         self._errors: dict[str, str] = {}
         """The last error of each stream that cannot be read. It is logged once, not at each scan."""
         self._newer: dict[str, int] = {}  # number of requests in each stream that only a newer release supports
@@ -75,7 +77,8 @@ class Adopter:
                 can_adopt = self._deps.lease_keeper.can_declare_dead and not self._deps.pauses.own
                 if can_adopt and leases[node] is None and node not in self._consumers:
                     await self._adopt_or_retire(group, node, since)
-                if self._deps.lease_keeper.held and node not in self._consumers:
+                is_searched = node in self._searched and node not in self._read
+                if self._deps.lease_keeper.held and node not in self._consumers and not is_searched:
                     await self._resume(group, node)
             except StoreError as error:  # other streams may be on a healthy part of Redis
                 if self._errors.get(node) != str(error):
@@ -123,6 +126,7 @@ class Adopter:
 
     def _start(self, group: asyncio.TaskGroup, node: str, consumer: StreamConsumer) -> None:
         self._consumers[node] = consumer
+        self._read.add(node)
         group.create_task(self._consume(node, consumer), name=f"adopted-{node}")
 
     async def _consume(self, node: str, consumer: StreamConsumer) -> None:
