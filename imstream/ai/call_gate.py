@@ -46,8 +46,7 @@ class Breaker:
         self._pause = self._min_pause
         self._open_until = 0.0
         self._retry_after_until = 0.0
-        self.tripped = False
-        """Whether the breaker is open or half-open: no call has succeeded since it opened."""
+        self.tripped = False  # whether the breaker is open or half-open: no call has succeeded since it opened
 
     def remaining(self) -> float:
         """Seconds until a call may be made; 0 if now."""
@@ -98,8 +97,7 @@ class CallGate:
         self._back_at: float | None = None  # when the backend came back; None while calls are not paced
         self._next_at = 0.0
         self._logged = set[str]()  # reasons that were logged since the last success
-        self.reason: str | None = None
-        """Why the last call failed, while the breaker is open or half-open."""
+        self.reason: str | None = None  # why the last call failed, while the breaker is open or half-open
         self._away_since = 0.0
 
     @property

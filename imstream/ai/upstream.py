@@ -26,17 +26,13 @@ class Upstream:
     options: BackendOptions
     gate: CallGate
     slots: Slots
-    prompt_limit: int
-    """Tokens of the longest prompt that it takes."""
+    prompt_limit: int  # tokens of the longest prompt that it takes
     in_flight: int = 0
     calls: int = 0
     last_error: str | None = None
-    failed_at: int | None = None
-    """When its last error was (ms since 1970)."""
-    is_reachable: bool = False
-    """Whether a check has reached it since its last failure."""
-    credit: float = 0.0
-    """Credit by its weight in earlier choices, minus its calls."""
+    failed_at: int | None = None  # when its last error was (ms since 1970)
+    is_reachable: bool = False  # whether a check has reached it since its last failure
+    credit: float = 0.0  # credit by its weight in earlier choices, minus its calls
 
     @property
     def name(self) -> str:

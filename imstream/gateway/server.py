@@ -223,8 +223,7 @@ class HttpServer(uvicorn.Server):
             **options,
         )
         super().__init__(config)
-        self.port = port
-        """The port that it listens on."""
+        self.port = port  # the port that it listens on
         self._host, self._setting = host, setting
 
     @property

@@ -54,8 +54,7 @@ class RedisClient:
         )
         parsed = RedisUrl.parse(url)
         self.topology: Topology = parsed.topology
-        self.is_split = parsed.topology == "cluster"
-        """Whether keys of different slots cannot be used by one script."""
+        self.is_split = parsed.topology == "cluster"  # whether keys of different slots cannot be used by one script
         self._servers = (
             Cluster(parsed, connect, connections=connections, timeout=timeout)
             if parsed.topology == "cluster"

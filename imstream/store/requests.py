@@ -84,8 +84,7 @@ class RequestStream:
         self._redis = redis
         self._reader = reader
         self._limits = (settings.queue_limit, settings.user_limit)
-        self.key = keys.requests(self.node)
-        """The key of the stream."""
+        self.key = keys.requests(self.node)  # the key of the stream
         self._keys = (self.key, keys.load(self.node))
         self._lease = keys.lease(self.node)
         self._dead = keys.dead(self.node)

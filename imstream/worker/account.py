@@ -17,13 +17,10 @@ class Account:
 
     def __init__(self, clock: RedisClock, *, received_at: int) -> None:
         self.received_at = received_at
-        self.opened_at: int | None = None
-        """When it was known that the first attempt is open."""
-        self.text_at: int | None = None
-        """When the first text could be shown."""
+        self.opened_at: int | None = None  # when it was known that the first attempt is open
+        self.text_at: int | None = None  # when the first text could be shown
         self.ended_at: int | None = None
-        self.backend: str | None = None
-        """The backend that was called last."""
+        self.backend: str | None = None  # the backend that was called last
         self.sockets: tuple[int | None, int | None] = (None, None)
         """How many sockets followed the reply at its end, and how many of them were slow."""
         self._clock = clock

@@ -30,8 +30,7 @@ class Admission:
         sweep_soon: Callable[[], None],
     ) -> None:
         """`start`: run a job in a slot; `sweep_soon`: look for entries that are delivered and have no job."""
-        self.slots: Slots | None = None
-        """Reserved for the read under way; None: no request may begin beside it."""
+        self.slots: Slots | None = None  # reserved for the read under way; None: no request may begin beside it
         self._requests = requests
         self._deps = deps
         self._jobs = jobs

@@ -29,10 +29,8 @@ class Calls:
     def __init__(self, request: ChatRequest, stream: str, deps: WorkerDeps) -> None:
         self.upstream: Upstream | None = None
         """The backend of the call. At the start, one whose breaker is half-open, if this request is to try it."""
-        self.backend: str | None = None
-        """The name of the backend that was called last."""
-        self.usage: Usage | None = None
-        """That of the calls that wrote the text so far."""
+        self.backend: str | None = None  # the name of the backend that was called last
+        self.usage: Usage | None = None  # that of the calls that wrote the text so far
         self.runner = AttemptRunner(request, stream, deps)
         self._request = request
         self._deps = deps

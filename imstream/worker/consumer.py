@@ -36,17 +36,14 @@ class StreamConsumer:
         self._running: set[str] = set()  # entries that have a job
         self._inherited: dict[str, int] | None = None
         """Deliveries of the entries that an earlier process left pending under our name."""
-        self.newer: set[str] = set()
-        """Entries of a newer release, left to a node that supports their schema."""
+        self.newer: set[str] = set()  # entries of a newer release, left to a node that supports their schema
         self._newest_version = NEWEST_VERSION
         self._suspect: str | None = None
         self._group: asyncio.TaskGroup | None = None  # of the jobs; None before `run`
         self._admission = Admission(requests, deps, jobs, start=self._add, sweep_soon=self.sweep_soon)
         self.admit = self._admission.admit
-        self.stopping = False
-        """Whether reading new requests has ended."""
-        self.redis_problem = describe_problem(None)
-        """Why Redis was not usable at the last try, if it was not."""
+        self.stopping = False  # whether reading new requests has ended
+        self.redis_problem = describe_problem(None)  # why Redis was not usable at the last try, if it was not
         self._finishing = self._finished = False
         self._reachable = self._loss_logged = False
         self._next_sweep = 0.0

@@ -56,8 +56,7 @@ class Jobs:
         self._consumers: set[str] = set()
         self._next_consumer: str | None = None
         """The consumer that found no free slot. It gets the next one, which a blocked read would keep otherwise."""
-        self.changed = asyncio.Event()
-        """A slot is free, or a consumer is to stop."""
+        self.changed = asyncio.Event()  # a slot is free, or a consumer is to stop
 
     def __len__(self) -> int:
         return len(self._jobs)

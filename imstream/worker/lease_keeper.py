@@ -65,8 +65,7 @@ class LeaseKeeper:
         self._certain_from = float("-inf")
         self._loss_logged = False
         self._released = False
-        self.reaches_redis = False
-        """Whether Redis answered the last renewal, if only that the key is no lease."""
+        self.reaches_redis = False  # whether Redis answered the last renewal, if only that the key is no lease
         self.redis_restarted = False
         """Whether Redis was restarted since an earlier process of this node held the lease: see `Held`."""
         self._lock = asyncio.Lock()  # a renewal under way must not undo the release

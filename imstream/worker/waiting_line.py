@@ -80,8 +80,7 @@ class WaitingLine:
         """`slots`: of the node, now; `limit`: maximum messages that wait."""
         self.is_paused: Callable[[], bool] = lambda: False
         """Whether no estimate can be made, because the backend is away or the node drains."""
-        self.reason: str | None = None
-        """Why the line does not move, as sent to clients: a word for programs."""
+        self.reason: str | None = None  # why the line does not move, as sent to clients: a word for programs
         self._slots = slots
         self._limit = limit
         self._times = ServiceTimes()
