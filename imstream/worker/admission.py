@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from imstream.errors import StoreUnavailable
 from imstream.model import ChatRequest
@@ -17,46 +18,40 @@ MAX_UNANSWERED = 1000
 """Maximum openings without an answer that are remembered. Of another one, an attempt is used up."""
 
 
+@dataclass(eq=False, repr=False)
 class Admission:
-    """Admits requests, and begins those that fit beside the read that the consumer waits for."""
+    """Admits requests, and begins those that fit beside the read that the consumer waits for.
 
-    def __init__(
-        self,
-        requests: RequestStream,
-        deps: WorkerDeps,
-        jobs: Jobs,
-        *,
-        start: Callable[[Job, Slots], None],
-        sweep_soon: Callable[[], None],
-    ) -> None:
-        """`start`: run a job in a slot; `sweep_soon`: look for entries that are delivered and have no job."""
-        self.slots: Slots | None = None  # reserved for the read under way; None: no request may begin beside it
-        self._requests = requests
-        self._deps = deps
-        self._jobs = jobs
-        self._start = start
-        self._sweep_soon = sweep_soon
-        self._unanswered: dict[tuple[UserId, str, int], str] = {}
-        """The words of openings that may have begun an attempt without a job, because the answer was lost."""
-        self._under_way = 0
-        self._one_ended = asyncio.Event()
+    `start`: run a job in a slot; `sweep_soon`: look for entries that are delivered and have no job.
+    """
+
+    requests: RequestStream
+    deps: WorkerDeps
+    jobs: Jobs
+    start: Callable[[Job, Slots], None]
+    sweep_soon: Callable[[], None]
+    slots: Slots | None = None  # reserved for the read under way; None: no request may begin beside it
+    _unanswered: dict[tuple[UserId, str, int], str] = field(default_factory=dict)
+    """The words of openings that may have begun an attempt without a job, because the answer was lost."""
+    _under_way: int = 0
+    _one_ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def admit(self, request: ChatRequest) -> Admitted | QueueFull:
         """Append a request; begin it at once if it needs not wait, which saves two round trips. Raises `StoreError`."""
         slots = self.slots
         if slots is None or not self._may_begin(slots):
-            return await self._requests.admit(request)
-        reply = self._deps.buffers.get(request.user_id, request.message_id)
+            return await self.requests.admit(request)
+        reply = self.deps.buffers.get(request.user_id, request.message_id)
         had_ended = reply.terminal is not None
-        with self._jobs.take_one(slots) as one, self._counted():
+        with self.jobs.take_one(slots) as one, self._counted():
             admitted = await self._begin(request, after=reply.fence)
             if isinstance(admitted, Admitted) and admitted.opened is not None:
                 entry = Entry(admitted.entry_id, {"user": str(request.user_id)})
                 is_cancelled = reply.terminal is not None and not had_ended  # meanwhile: the job is to find it
                 opened = None if is_cancelled else admitted.opened
-                self._start(Job(entry, request, self._requests, self._deps, opened=opened), one)
+                self.start(Job(entry, request, self.requests, self.deps, opened=opened), one)
             elif isinstance(admitted, Admitted) and admitted.position <= 1:
-                self._sweep_soon()  # it may be delivered to us
+                self.sweep_soon()  # it may be delivered to us
         await asyncio.sleep(0)  # its job notes that the reply is recorded
         return admitted
 
@@ -72,9 +67,9 @@ class Admission:
 
     def _may_begin(self, slots: Slots) -> bool:
         """Whether a request may begin in one of the slots. One stays, for what is read at any time."""
-        deps = self._deps
-        is_open = deps.lease_keeper.held and not deps.backends.is_closed and deps.startable(self._requests.node) > 0
-        return is_open and slots.free > 1 and self._jobs.line.reason is None and self._requests.shares_server
+        deps = self.deps
+        is_open = deps.lease_keeper.held and not deps.backends.is_closed and deps.startable(self.requests.node) > 0
+        return is_open and slots.free > 1 and self.jobs.line.reason is None and self.requests.shares_server
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -86,16 +81,16 @@ class Admission:
             self._one_ended.set()
 
     async def _begin(self, request: ChatRequest, *, after: int) -> Admitted | QueueFull:
-        user_id, message_id, request_id = request.user_id, request.message_id, self._requests.request_id("")
+        user_id, message_id, request_id = request.user_id, request.message_id, self.requests.request_id("")
         word = new_word()
-        opening = self._deps.replies.opening(
+        opening = self.deps.replies.opening(
             user_id, message_id, request.question, request=request_id, after=after, word=word
         )
         try:
-            return await self._requests.begin(request, opening)
+            return await self.requests.begin(request, opening)
         except (StoreUnavailable, asyncio.CancelledError):
             self._unanswered[user_id, message_id, request.at] = word
             if len(self._unanswered) > MAX_UNANSWERED:
                 del self._unanswered[next(iter(self._unanswered))]
-            self._sweep_soon()
+            self.sweep_soon()
             raise
