@@ -82,10 +82,7 @@ class Text(Sentence, Enum):
     CHAT_RETRY = ("{why} {seconds} 秒后自动重发(Ctrl-C 放弃)", "{why} Sent again in {seconds} s (Ctrl-C gives up)")
     CHAT_CUT = ("回答已达长度上限,在此截断", "The answer was cut at the length limit")
     CHAT_FILTERED = ("回答被内容审核截断", "The answer was cut by the content filter")
-    CHAT_CANCELLING = (
-        "正在取消……再按一次 Ctrl-C 不再等待",
-        "Stopping the answer… press Ctrl-C again to stop waiting",
-    )
+    CHAT_CANCELLING = ("正在取消……再按一次 Ctrl-C 不再等待", "Stopping the answer… press Ctrl-C again to stop waiting")
 
 
 def localize(text: Sentence, lang: Lang, **values: object) -> str:

@@ -38,13 +38,7 @@ class EndpointClient:
     _accept: ClassVar[str]  # content types of the responses
 
     def __init__(
-        self,
-        base: SecretUrl | None,
-        key: SecretStr | None,
-        *,
-        path: str,
-        limit: int,
-        variable: Callable[[str], str],
+        self, base: SecretUrl | None, key: SecretStr | None, *, path: str, limit: int, variable: Callable[[str], str]
     ) -> None:
         """Call `path` below the base URL, with at most `limit` bytes of the body of a response.
 

@@ -199,12 +199,7 @@ class ReplyStore:
         return self._opening(user_id, message_id, question, (request, "", after), (0, "", "", 0, word, 0, ""))
 
     def _opening(
-        self,
-        user_id: UserId,
-        message_id: str,
-        question: Question,
-        who: tuple[str, str, int],
-        how: Sequence[Argument],
+        self, user_id: UserId, message_id: str, question: Question, who: tuple[str, str, int], how: Sequence[Argument]
     ) -> Step[Opening]:
         request, lost, after = who
         asked = (message_id, question.text, question.digest, MAX_LISTED, self._listed_ttl)
