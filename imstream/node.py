@@ -34,10 +34,10 @@ from imstream.redis.client import BlockingReader, RedisClient
 from imstream.redis.errors import AccessLog, retry_until_available
 from imstream.reply_buffer import ReplyBuffers
 from imstream.settings import Settings
-from imstream.store.backend_states import BackendStates
 from imstream.store.dead_letters import DeadLetterBounds
 from imstream.store.inbox import Inbox, NodeLeft, Routes
 from imstream.store.leases import Leases
+from imstream.store.nodes import BackendStates
 from imstream.store.pauses import Pauses
 from imstream.store.replies import ReplyStore
 from imstream.store.requests import RequestStream

@@ -16,8 +16,7 @@ from imstream.errors import StoreUnavailable
 from imstream.keys import Keys
 from imstream.redis.client import RedisClient
 from imstream.settings import Settings
-from imstream.store.backend_states import BackendStates
-from imstream.store.nodes import NodeOverview, inspect_nodes
+from imstream.store.nodes import BackendStates, NodeOverview, inspect_nodes
 
 NOT_SETTLED = 3  # exit code of --wait-settled when its time is over
 _POLL_INTERVAL = 0.1  # seconds between two looks at the nodes

@@ -15,9 +15,9 @@ from imstream.model import Waiting
 from imstream.redis.client import RedisClient, to_dict
 from imstream.redis.connection import Argument
 from imstream.redis.errors import error_from_reply
-from imstream.store.backend_states import decode_states
 from imstream.store.dead_letters import Letter
 from imstream.store.leases import Holder
+from imstream.store.nodes import decode_states
 from imstream.store.pauses import ALL, Pause
 from imstream.store.replies import waiting_of
 from imstream.store.scripts import LUA

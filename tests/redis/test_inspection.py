@@ -15,8 +15,8 @@ from imstream.errors import StoreRefused
 from imstream.keys import GROUP
 from imstream.model import Waiting
 from imstream.store import inspection
-from imstream.store.backend_states import BackendStates, State
 from imstream.store.leases import Holder, Leases
+from imstream.store.nodes import BackendState, BackendStates
 from tests.redis.conftest import Store, chat_request
 from tests.support.processes import free_port
 
@@ -136,7 +136,13 @@ async def test_the_command_shows_the_backends_that_requests_wait_for(store: Stor
     await fill(store)
     await Leases(store.redis_client, store.settings).acquire(Holder("i", "host", "", 1, "http://127.0.0.1:8080"))
     states = BackendStates(store.redis_client, store.settings)
-    away: State = {"state": "away", "reason": "http_503", "until": now_ms() + 90_500, "slots": 9, "sharesSlots": True}
+    away: BackendState = {
+        "state": "away",
+        "reason": "http_503",
+        "until": now_ms() + 90_500,
+        "slots": 9,
+        "sharesSlots": True,
+    }
     await states.publish({"main": away, "spare": {"state": "working", "slots": 1, "sharesSlots": False}})
     [entry] = store.redis.xpending_range(store.keys.requests("0"), GROUP, "-", "+", 1)
     await store.replies.open(10002, "m1", request=store.requests.request_id(str(entry["message_id"])))
