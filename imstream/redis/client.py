@@ -10,7 +10,7 @@ from typing import Any, Self
 from redis.exceptions import NoScriptError
 
 from imstream.redis.cluster import Cluster
-from imstream.redis.connection import Argument, OnRoundtrip
+from imstream.redis.connection import Argument, OnRoundtrip, RedisConnection
 from imstream.redis.errors import AccessLog
 from imstream.redis.pipeline import MAX_BATCH, Pipeline
 from imstream.redis.pools import make_pool
@@ -44,21 +44,15 @@ class RedisClient:
         """`block`: how much longer than `timeout` each command may take; then no two share a pipeline."""
         limit, max_batch = (timeout, MAX_BATCH) if block is None else (timeout + block, 1)
         log = access_log or AccessLog()
-        connect = partial(
-            Pipeline,
-            connections=connections,
-            timeout=limit,
-            access_log=log,
-            max_batch=max_batch,
-            on_roundtrip=on_roundtrip,
-        )
+        connect = partial(RedisConnection, timeout=limit, access_log=log, on_roundtrip=on_roundtrip)
+        make_pipeline = partial(Pipeline, connect=connect, connections=connections, max_batch=max_batch)
         parsed = RedisUrl.parse(url)
         self.topology: Topology = parsed.topology
         self.is_split = parsed.topology == "cluster"  # whether keys of different slots cannot be used by one script
         self._servers = (
-            Cluster(parsed, connect, connections=connections, timeout=timeout)
+            Cluster(parsed, make_pipeline, connections=connections, timeout=timeout)
             if parsed.topology == "cluster"
-            else connect(make_pool(parsed, connections=connections, timeout=timeout))
+            else make_pipeline(make_pool(parsed, connections=connections, timeout=timeout))
         )
 
     async def __aenter__(self) -> Self:

@@ -9,14 +9,13 @@ repeated).
 
 import asyncio
 from collections import deque
-from datetime import timedelta
+from collections.abc import Callable
 from typing import Any
 
 from redis.asyncio import ConnectionPool
 
 from imstream.errors import StoreUnavailable
-from imstream.redis.connection import ASKING, CLOSED, Argument, Command, OnRoundtrip, RedisConnection, fail_all, pack
-from imstream.redis.errors import AccessLog
+from imstream.redis.connection import ASKING, CLOSED, Argument, Command, RedisConnection, fail_all, pack
 
 MAX_WAITING = 10_000
 """Maximum number of queued commands. When it is reached Redis hangs, and the next is refused: `StoreUnavailable`."""
@@ -31,26 +30,15 @@ MAX_BATCH_DELAY = 0.005
 class Pipeline:
     """Sends commands to one server in shared batches. It owns the pool and the connections."""
 
-    def __init__(  # noqa: PLR0913 - one is required, the others are options
-        self,
-        pool: ConnectionPool,
-        *,
-        connections: int,
-        timeout: timedelta,
-        access_log: AccessLog,
-        max_batch: int,
-        on_roundtrip: OnRoundtrip | None = None,
+    def __init__(
+        self, pool: ConnectionPool, connect: Callable[..., RedisConnection], *, connections: int, max_batch: int
     ) -> None:
+        """`connect`: makes a connection from the pool and `on_idle`."""
         self._pool = pool
         self._max_batch = max_batch
         self._queue: deque[Command] = deque()
         self._loop = asyncio.get_running_loop()
-        self._connections = [
-            RedisConnection(
-                pool, timeout=timeout, on_idle=self._on_idle, access_log=access_log, on_roundtrip=on_roundtrip
-            )
-            for _ in range(connections)
-        ]
+        self._connections = [connect(pool, on_idle=self._on_idle) for _ in range(connections)]
         self._idle = list(self._connections)
         self._flush_scheduled = False
         self._delayed_flush: asyncio.TimerHandle | None = None
