@@ -42,18 +42,9 @@ class RecordedSpan(Span):
 
     __slots__ = ("_span", "_tracer")
 
-    def __init__(  # noqa: PLR0913, PLR0917 - the parts of a span
-        self,
-        tracer: Tracer,
-        name: str,
-        kind: SpanKind,
-        attributes: Mapping[str, str | int],
-        within: Context,
-        since: int | None = None,
-    ) -> None:
-        self._tracer = tracer
-        self._span = tracer.start_span(name, within, kind, attributes, start_time=since)
-        own = self._span.get_span_context()
+    def __init__(self, tracer: Tracer, span: trace.Span) -> None:
+        self._tracer, self._span = tracer, span
+        own = span.get_span_context()
         super().__init__(f"00-{own.trace_id:032x}-{own.span_id:016x}-{own.trace_flags:02x}")
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -76,7 +67,8 @@ class RecordedSpan(Span):
         if port is not None:
             attributes["server.port"] = port
         within = trace.set_span_in_context(self._span, Context())
-        return RecordedSpan(self._tracer, f"chat {model}", SpanKind.CLIENT, attributes, within)
+        span = self._tracer.start_span(f"chat {model}", within, SpanKind.CLIENT, attributes)
+        return RecordedSpan(self._tracer, span)
 
     def answered(self, finish_reason: str, usage: Mapping[str, int] | None) -> None:
         self._span.set_attribute("gen_ai.response.finish_reasons", [finish_reason])
@@ -110,11 +102,12 @@ class OtelTracing(Tracing):
 
     def receive(self, given: str | None, stream: str, message_id: str) -> Span:
         about, within = _about(stream, message_id), _within(given) if given else Context()
-        return RecordedSpan(self._tracer, "receive CHAT", SpanKind.SERVER, about, within)
+        span = self._tracer.start_span("receive CHAT", within, SpanKind.SERVER, about)
+        return RecordedSpan(self._tracer, span)
 
     def queued(self, traceparent: str, stream: str, message_id: str, *, waited: int) -> None:
-        about, within, since = _about(stream, message_id), _within(traceparent), time_ns() - waited * 1_000_000
-        RecordedSpan(self._tracer, f"queue {stream}", SpanKind.INTERNAL, about, within, since).end()
+        about, since = _about(stream, message_id), time_ns() - waited * 1_000_000
+        self._tracer.start_span(f"queue {stream}", _within(traceparent), attributes=about, start_time=since).end()
 
     def attempt(self, traceparent: str, stream: str, message_id: str, number: int) -> Span:
         attributes = {
@@ -124,7 +117,8 @@ class OtelTracing(Tracing):
             "messaging.consumer.group.name": GROUP,
             "imstream.attempt": number,
         }
-        return RecordedSpan(self._tracer, f"attempt {stream}", SpanKind.CONSUMER, attributes, _within(traceparent))
+        span = self._tracer.start_span(f"attempt {stream}", _within(traceparent), SpanKind.CONSUMER, attributes)
+        return RecordedSpan(self._tracer, span)
 
     async def stop(self) -> None:
         stopped, loop = asyncio.Event(), asyncio.get_running_loop()

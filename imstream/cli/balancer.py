@@ -25,16 +25,8 @@ _CERTIFICATE_AND_KEY = "certificate-and-key.pem"
 NODES = "nodes.json"  # file with the nodes that were known last
 
 _CONTENTS = (
-    *_CONFIGURATIONS.values(),
-    _CERTIFICATE_AND_KEY,
-    NODES,
-    "haproxy.sock*",
-    "nginx.pid",
-    "body",
-    "proxy",
-    "fastcgi",
-    "uwsgi",
-    "scgi",
+    *(*_CONFIGURATIONS.values(), _CERTIFICATE_AND_KEY, NODES),
+    *("haproxy.sock*", "nginx.pid", "body", "proxy", "fastcgi", "uwsgi", "scgi"),
 )
 
 # Values of the templates.

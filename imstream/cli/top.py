@@ -160,6 +160,11 @@ _LOAD = ["node", "state", "sockets", "work", "wait", "oldest", "dead", "in/s", "
 _BACKEND = ["node", "backend", "state", "calls now", "slots", "calls/s", "failed/s", "last error"]
 _REQUEST = ["node", "user", "message", "age", "delivery", "waits for backend"]
 
+_COLORS = {
+    **dict.fromkeys(("dead", "not ready", "away"), "red"),
+    **dict.fromkeys(("stopping", "paused", "recovering"), "yellow"),
+}
+
 
 def sections(found: Snapshot) -> Iterator[Section]:
     """A snapshot as sections for people."""
@@ -220,15 +225,7 @@ def _picture(found: Snapshot) -> "Group":
         for name in heading:
             picture.add_column(str(name), overflow="ellipsis", no_wrap=True)
         for row in rows:
-            color = {
-                "dead": "red",
-                "not ready": "red",
-                "away": "red",
-                "stopping": "yellow",
-                "paused": "yellow",
-                "recovering": "yellow",
-            }
-            style = next((color[cell] for cell in row if isinstance(cell, str) and cell in color), None)
+            style = next((_COLORS[cell] for cell in row if isinstance(cell, str) and cell in _COLORS), None)
             picture.add_row(*(Text("-" if cell is None else printable_line(str(cell))) for cell in row), style=style)
         parts += [picture, Text()]
     parts += [Text(printable_line(f"warning: {problem}"), style="red") for problem in found.problems]

@@ -113,30 +113,18 @@ async def _inspect(redis: RedisClient, keys: Keys, node: str, now: int, last_see
     )
     oldest = to_timedelta(max(0, now - time_of(first[0][0]))) if first else None
     helpers = {consumer: count for consumer, count in pending.items() if consumer != node}
-    stream: dict[str, Any] = {"unfinished": unfinished, "oldest": oldest, "adopter": adopter, "helpers": helpers}
+    found: dict[str, Any] = {"unfinished": unfinished, "oldest": oldest, "adopter": adopter, "helpers": helpers}
     if lease is None:
-        return NodeOverview(node, "dead", last_seen, **stream)
+        return NodeOverview(node, "dead", last_seen, **found)
     holder, known = Holder.decode(lease), to_dict(status)
     if known.get("instance") != holder.instance:  # of a process before, and this one is of an older release
         known = {}
-    return NodeOverview(
-        node,
-        "stopping" if holder.stopping else "running",
-        last_seen,
-        to_timedelta(left) if left >= 0 else None,
-        holder.address,
-        holder.host,
-        holder.pid or None,
-        holder.instance,
-        known.get("version"),
-        number_in(known, "sessions"),
-        number_in(known, "running"),
-        known.get("not_ready"),
-        number_in(known, "reads"),
-        known.get("metrics"),
-        known.get("paused") or None,
-        **stream,
-    )
+    found |= {"address": holder.address, "host": holder.host, "pid": holder.pid or None, "instance": holder.instance}
+    found |= {name: known.get(name) for name in ("version", "not_ready", "metrics")}
+    found |= {name: number_in(known, name) for name in ("sessions", "running", "reads")}
+    state: Literal["stopping", "running"] = "stopping" if holder.stopping else "running"
+    lasts = to_timedelta(left) if left >= 0 else None
+    return NodeOverview(node, state, last_seen, lasts, paused=known.get("paused") or None, **found)
 
 
 async def _pending(redis: RedisClient, stream: str) -> dict[str, int]:
