@@ -196,6 +196,9 @@ class Refusal:
     violation: bool = False
 
 
+_PLAIN_FIELDS = ("finish_reason", "reason", "error", "kind")  # of a terminal entry: texts, as in `Terminal`
+
+
 @dataclass(frozen=True, slots=True)
 class Terminal:
     """How a reply ended.
@@ -216,13 +219,8 @@ class Terminal:
 
     def fields(self) -> tuple[str, ...]:
         """The terminal entry without attempt, event, offset and text, as field, value, …."""
-        named = {
-            "finish_reason": self.finish_reason,
-            "usage": None if self.usage is None else to_json(self.usage).decode(),
-            "reason": self.reason,
-            "error": self.error,
-            "kind": self.kind,
-        }
+        named: dict[str, str | None] = {name: getattr(self, name) for name in _PLAIN_FIELDS}
+        named["usage"] = None if self.usage is None else to_json(self.usage).decode()
         if self.refusal is not None:
             violation = "1" if self.refusal.violation else None
             named |= {"code": self.refusal.code, "sentence": self.refusal.sentence, "violation": violation}
@@ -231,16 +229,10 @@ class Terminal:
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Self:
         """Read a terminal entry."""
-        refused = "sentence" in fields
-        return cls(
-            event=fields["event"],
-            finish_reason=fields.get("finish_reason"),
-            usage=from_json(fields["usage"]) if "usage" in fields else None,
-            reason=fields.get("reason"),
-            error=fields.get("error"),
-            kind=fields.get("kind"),
-            refusal=Refusal(fields["code"], fields["sentence"], "violation" in fields) if refused else None,
-        )
+        usage, refused = fields.get("usage"), "sentence" in fields
+        refusal = Refusal(fields["code"], fields["sentence"], "violation" in fields) if refused else None
+        plain = {name: fields.get(name) for name in _PLAIN_FIELDS}
+        return cls(fields["event"], usage=from_json(usage or "null"), refusal=refusal, **plain)
 
 
 @dataclass(frozen=True, slots=True)
