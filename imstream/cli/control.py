@@ -73,7 +73,7 @@ def _lines(found: tuple[list[NodeOverview], list[str]], targets: Sequence[str], 
 @by_option
 @click.option("--refuse", is_flag=True, help="Refuse new messages with BUSY, instead of accepting them to wait.")
 @click.option("--wait", is_flag=True, help="Also wait until the nodes work on no request: the AI has no call then.")
-@click.option("--timeout", type=TimeSpan(), default="5m", show_default=True, help="Limit of --wait.")
+@click.option("--timeout", "limit", type=TimeSpan(), default="5m", show_default=True, help="Limit of --wait.")
 async def pause(  # noqa: PLR0913 - one for each option
     redis: RedisClient,
     settings: Settings,
@@ -85,7 +85,7 @@ async def pause(  # noqa: PLR0913 - one for each option
     by: str,
     refuse: bool,
     wait: bool,
-    timeout: timedelta,  # noqa: ASYNC109 - an option
+    limit: timedelta,
 ) -> None:
     """Let requests wait, for maintenance of the AI.
 
@@ -105,7 +105,7 @@ async def pause(  # noqa: PLR0913 - one for each option
         elif wait and one.running:
             yield f"it works on {one.running} requests"
 
-    found = await wait_for_nodes(redis, settings, timeout if wait else _CONFIRM, lack, only=names)
+    found = await wait_for_nodes(redis, settings, limit if wait else _CONFIRM, lack, only=names)
     _report(found, _lines(found, targets, "paused"), as_json=as_json)
 
 
@@ -135,16 +135,10 @@ async def resume(redis: RedisClient, settings: Settings, *, names: tuple[str, ..
 @redis_command()
 @click.option("--node", "name", required=True, metavar="NODE", help="The node.")
 @click.option("--wait", is_flag=True, help="Wait until its process has ended.")
-@click.option("--timeout", type=TimeSpan(), default="2m", show_default=True, help="Limit of --wait.")
+@click.option("--timeout", "limit", type=TimeSpan(), default="2m", show_default=True, help="Limit of --wait.")
 @json_option
 async def drain(  # noqa: PLR0913 - one for each option
-    redis: RedisClient,
-    settings: Settings,
-    *,
-    name: str,
-    wait: bool,
-    timeout: timedelta,  # noqa: ASYNC109 - an option
-    as_json: bool,
+    redis: RedisClient, settings: Settings, *, name: str, wait: bool, limit: timedelta, as_json: bool
 ) -> None:
     """Drain a node through Redis, as SIGTERM does.
 
@@ -164,7 +158,7 @@ async def drain(  # noqa: PLR0913 - one for each option
         elif now.instance == instance and wait:
             yield f"it is stopping, and works on {now.running} requests"
 
-    nodes, missing = await wait_for_nodes(redis, settings, timeout if wait else _CONFIRM, lack, only=[name])
+    nodes, missing = await wait_for_nodes(redis, settings, limit if wait else _CONFIRM, lack, only=[name])
 
     def lines() -> Iterator[str]:
         for one in nodes:

@@ -25,19 +25,13 @@ _POLL_INTERVAL = 0.1  # seconds between two looks at the nodes
 @click.command()
 @redis_command()
 @json_option
-@click.option("--wait-settled", is_flag=True, help="Wait until the next node may be stopped.")
-@click.option("--timeout", type=TimeSpan(), default="5m", show_default=True, help="Time limit of --wait-settled.")
+@click.option("--wait-settled", "wait", is_flag=True, help="Wait until the next node may be stopped.")
+@click.option("--timeout", "limit", type=TimeSpan(), default="5m", show_default=True, help="Limit of --wait-settled.")
 @click.option(
     "--except", "excepted", multiple=True, metavar="NODE", help="With --wait-settled: it stays away; can be repeated."
 )
 async def nodes(  # noqa: PLR0913 - one for each option
-    redis: RedisClient,
-    settings: Settings,
-    *,
-    as_json: bool,
-    wait_settled: bool,
-    timeout: timedelta,  # noqa: ASYNC109 - an option
-    excepted: tuple[str, ...],
+    redis: RedisClient, settings: Settings, *, as_json: bool, wait: bool, limit: timedelta, excepted: Sequence[str]
 ) -> None:
     """Show all nodes, or wait until the next one may be stopped.
 
@@ -46,15 +40,14 @@ async def nodes(  # noqa: PLR0913 - one for each option
     With --wait-settled, it returns when each of them runs and is ready, and no stream is adopted: then the next one may
     be stopped in a rolling restart. It ends with 3 if that takes longer than --timeout, and prints the reasons.
     """
-    limit = timeout if wait_settled else timedelta()
 
     def lack(one: NodeOverview) -> Iterable[str]:
         return () if one.node in excepted else one.unsettled()
 
-    found, missing = await wait_for_nodes(redis, settings, limit, lack)
+    found, missing = await wait_for_nodes(redis, settings, limit if wait else timedelta(), lack)
     report: dict[str, Any] = {"nodes": found, "warnings": list(_warnings(found))}
-    show(report | ({"unsettled": missing} if wait_settled else {}), _lines(found, settings), as_json=as_json)
-    if wait_settled and missing:
+    show(report | ({"unsettled": missing} if wait else {}), _lines(found, settings), as_json=as_json)
+    if wait and missing:
         echo(*(f"not settled: {reason}" for reason in missing), err=True)
         if away := [f" --except {one.node}" for one in found if one.state == "dead" and one.node not in excepted]:
             echo(f"if they stay away:{''.join(away)}", err=True)
