@@ -112,15 +112,10 @@ class Histogram(Collector):
 
 @dataclass(slots=True)
 class StreamState:
-    """The state of a requests stream that this node consumes, as far as it is known.
+    """The state of a requests stream that this node consumes, as far as it is known."""
 
-    Attributes:
-        unfinished: Its length; None while it is unknown.
-        oldest: The id of its first entry; empty if the stream is empty, or the next entry is not known yet.
-    """
-
-    unfinished: int | None = None
-    oldest: str = ""
+    unfinished: int | None = None  # its length; None while it is unknown
+    oldest: str = ""  # the id of its first entry; empty if the stream is empty, or the next entry is not known yet
 
     def admitted(self, entry_id: str, unfinished: int) -> None:
         """A request was added; with it, there are so many."""

@@ -237,19 +237,12 @@ class Terminal:
 
 @dataclass(frozen=True, slots=True)
 class Continued:
-    """How an attempt continues the text of earlier ones.
+    """How an attempt continues the text of earlier ones."""
 
-    Attributes:
-        wire: The attempt that clients see. It differs from the recorded one, which fences the writer.
-        valid: Earlier such attempts, and up to which offset their text is that of this one.
-        usage: That of the calls that wrote `text`, as far as they reported one.
-        text: All text so far.
-    """
-
-    wire: int
-    valid: Mapping[int, int]
-    usage: Usage | None = None
-    text: str = ""
+    wire: int  # the attempt that clients see. It differs from the recorded one, which fences the writer.
+    valid: Mapping[int, int]  # earlier such attempts, and up to which offset their text is that of this one
+    usage: Usage | None = None  # that of the calls that wrote `text`, as far as they reported one
+    text: str = ""  # all text so far
 
     @classmethod
     def parse(cls, wire: str, valid: str, usage: str = "", text: str = "") -> Self:
@@ -267,18 +260,12 @@ def usage_sum(one: Usage | None, other: Usage | None) -> Usage | None:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Why a message waits, and for which backend.
-
-    Attributes:
-        reason: A word for programs.
-        error: A line for an operator.
-        retry_after: Milliseconds in which the backend is not called, if it is known; else 0.
-    """
+    """Why a message waits, and for which backend."""
 
     backend: str
-    reason: str
-    error: str = ""
-    retry_after: int = 0
+    reason: str  # a word for programs
+    error: str = ""  # a line for an operator
+    retry_after: int = 0  # milliseconds in which the backend is not called, if it is known; else 0
 
     def fields(self) -> tuple[str, ...]:
         """The part of the entry with the reason, as field, value, …."""

@@ -45,20 +45,15 @@ HINT = "for a live view: pip install '.[terminal]' in a checkout"
 
 @dataclass(slots=True)
 class Snapshot:
-    """The values of one moment, named as in `--json`.
-
-    Attributes:
-        seconds: Time over which rates and percentiles are taken; None: since each node began.
-        problems: Values that could not be read, with reasons.
-    """
+    """The values of one moment, named as in `--json`."""
 
     at: datetime
-    seconds: float | None
+    seconds: float | None  # time over which rates and percentiles are taken; None: since each node began
     nodes: list[dict[str, Any]]
     total: dict[str, Any]
     backends: list[dict[str, Any]]
     oldest: list[dict[str, Any]]
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # values that could not be read, with reasons
 
 
 class Observer:

@@ -32,20 +32,13 @@ class InvalidRequest(Exception):  # noqa: N818 - the client's error
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """A request for a chat completion.
+    """A request for a chat completion."""
 
-    Attributes:
-        question: The text of the user's last message.
-        context: The text of all messages.
-        usage: A stream ends with a chunk that carries the usage.
-        beginning: That of the answer, if the last message is one of the assistant.
-    """
-
-    question: str
-    context: str
+    question: str  # the text of the user's last message
+    context: str  # the text of all messages
     stream: bool
-    usage: bool
-    beginning: str = ""
+    usage: bool  # a stream ends with a chunk that carries the usage
+    beginning: str = ""  # that of the answer, if the last message is one of the assistant
 
 
 def parse_completion(body: bytes) -> CompletionRequest:

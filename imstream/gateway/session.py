@@ -26,17 +26,7 @@ def _loop_time() -> float:
 
 @dataclass(slots=True, kw_only=True, eq=False, repr=False)
 class Session:
-    """One socket. Times are those of the event loop, in seconds.
-
-    Attributes:
-        token: Authenticates the user if INIT has no token.
-        has_asked: An INIT was received. If it could not be checked in time, the client may come back later.
-        login: Number of the login: of two, the newer one has the higher number. 0: not known.
-        ends_at: When the login expires; None: with the socket.
-        warn_at: When the client is warned of that; None when it was.
-        throttled: How often the client received that it is throttled.
-        was_slow: The client has stopped reading for a while, at least once.
-    """
+    """One socket. Times are those of the event loop, in seconds."""
 
     socket: SocketProtocol
     frames: FrameBuilder
@@ -45,14 +35,14 @@ class Session:
     peer: str
     origin: str | None
     url_user: UserId | None
-    token: str | None
+    token: str | None  # authenticates the user if INIT has no token
     user_id: UserId | None = None
-    has_asked: bool = False
-    login: int = 0
-    ends_at: float | None = None
-    warn_at: float | None = None
-    throttled: int = 0
-    was_slow: bool = False
+    has_asked: bool = False  # an INIT was received. If it could not be checked in time, the client may come back later.
+    login: int = 0  # number of the login: of two, the newer one has the higher number. 0: not known.
+    ends_at: float | None = None  # when the login expires; None: with the socket
+    warn_at: float | None = None  # when the client is warned of that; None when it was
+    throttled: int = 0  # how often the client received that it is throttled
+    was_slow: bool = False  # the client has stopped reading for a while, at least once
     began_at: float = field(default_factory=_loop_time)
     heard_at: float = field(default_factory=_loop_time)
     closing_since: float | None = None

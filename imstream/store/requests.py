@@ -27,16 +27,11 @@ class GroupMissing(Exception):  # noqa: N818 - a state of the stream, not a faul
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request is in the stream.
-
-    Attributes:
-        position: How many wait for a worker, this one included.
-        opened: How its reply was opened, when it is delivered to the worker already.
-    """
+    """A request is in the stream."""
 
     entry_id: str
-    position: int
-    opened: Opening | None = None
+    position: int  # how many wait for a worker, this one included
+    opened: Opening | None = None  # how its reply was opened, when it is delivered to the worker already
 
 
 @dataclass(frozen=True, slots=True)
