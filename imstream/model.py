@@ -84,26 +84,17 @@ def digest_of(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A request of a client.
-
-    Attributes:
-        history: Earlier turns, oldest first, as `(role, content)`.
-        lang: Language of texts for the user: `zh` or `en`.
-        at: When its node received it, in milliseconds since 1970 by the clock of Redis; older releases: by their own.
-        traceparent: Its place in a trace. The trace id is in every log line about this request.
-        digest: Of the text that the client sent, before any guard changed it; empty in requests of older releases.
-        reopens: If it was made from a dead letter: the attempts before, whose reply has ended as failed. Else None.
-    """
+    """A request of a client."""
 
     user_id: UserId
     message_id: str
     contents: str
-    history: tuple[tuple[str, str], ...]
-    lang: str
-    at: int
-    traceparent: str
-    digest: str = ""
-    reopens: int | None = None
+    history: tuple[tuple[str, str], ...]  # earlier turns, oldest first, as `(role, content)`
+    lang: str  # language of texts for the user: `zh` or `en`
+    at: int  # when its node received it, in ms since 1970 by the clock of Redis; older releases: by their own
+    traceparent: str  # its place in a trace. The trace id is in every log line about this request.
+    digest: str = ""  # of the client's text, before any guard changed it; empty in requests of older releases
+    reopens: int | None = None  # if it was made from a dead letter: the attempts before, which have failed
 
     @property
     def earlier_attempts(self) -> int:

@@ -55,20 +55,13 @@ _CERT_REQS = ("required", "none")
 
 @dataclass(frozen=True, slots=True)
 class RedisUrl:
-    """A parsed Redis URL.
-
-    Attributes:
-        servers: Host and port of the server, of each Sentinel, or of some nodes of the cluster.
-        service: Sentinel's name of the master.
-        sentinel_login: User and password of the Sentinels themselves, if given.
-        password_file: File with the password, read for each connection.
-    """
+    """A parsed Redis URL."""
 
     topology: Topology
-    servers: tuple[tuple[str, int], ...]
-    service: str
-    sentinel_login: dict[str, str] = field(repr=False)
-    password_file: Path | None
+    servers: tuple[tuple[str, int], ...]  # host and port of the server, of each Sentinel, or of some nodes
+    service: str  # Sentinel's name of the master
+    sentinel_login: dict[str, str] = field(repr=False)  # user and password of the Sentinels themselves, if given
+    password_file: Path | None  # file with the password, read for each connection
     _scheme: str
     _login: str = field(repr=False)
     _db: str

@@ -43,30 +43,19 @@ class Unfinished:
 
 @dataclass(frozen=True, slots=True)
 class StreamOverview:
-    """The stream of one node.
-
-    Attributes:
-        in_progress: Number of requests by consumer.
-        oldest: The first `MAX_SHOWN` of them.
-        next: The next request to be delivered.
-        holder: The process that runs the node; None: none does.
-        adopter: The node that has adopted the stream.
-        pause: Why its requests wait for an operator.
-        dead_nodes: Consumers without a lease.
-        backends: The backends of the node that reads the stream, as it sees them, by name.
-    """
+    """The stream of one node."""
 
     unfinished: int
-    in_progress: dict[str, int]
-    oldest: list[Unfinished]
-    next: Unfinished | None
+    in_progress: dict[str, int]  # number of requests by consumer
+    oldest: list[Unfinished]  # the first `MAX_SHOWN` of them
+    next: Unfinished | None  # the next request to be delivered
     dead: int
     newest_dead: list[Letter]
-    holder: Holder | None = None
-    adopter: str | None = None
-    pause: str | None = None
-    dead_nodes: tuple[str, ...] = ()
-    backends: dict[str, dict[str, Any]] = field(default_factory=dict)
+    holder: Holder | None = None  # the process that runs the node; None: none does
+    adopter: str | None = None  # the node that has adopted the stream
+    pause: str | None = None  # why its requests wait for an operator
+    dead_nodes: tuple[str, ...] = ()  # consumers without a lease
+    backends: dict[str, dict[str, Any]] = field(default_factory=dict)  # as the node that reads the stream sees them
 
     @property
     def waiting(self) -> int:

@@ -23,43 +23,27 @@ BackendState = Mapping[str, str | int | None]
 
 @dataclass(frozen=True, slots=True)
 class NodeOverview:
-    """A node of the directory.
-
-    Attributes:
-        state: `running` with a lease, `stopping` after SIGTERM or `imstream drain`, `dead` without a lease.
-        lease: How long its lease lasts unless it is renewed.
-        version: Its release. None: it is dead, or of a release that does not record this. The next six likewise.
-        running: Requests that it works on, of any stream.
-        not_ready: Why it could not serve when it last renewed its lease; empty if it could.
-        instance: The process that holds the lease, as `imstream drain` names it.
-        reads: The newest schema of requests that it supports; those of a newer one wait for another node.
-        metrics: Address of its `/metrics`; empty if it serves none.
-        paused: Why an operator has paused it; None if none has, or if its release does not support pauses.
-        unfinished: Requests in its stream.
-        oldest: The age of the oldest of them.
-        adopter: The node that has adopted its stream.
-        helpers: Other nodes that work on requests of its stream, and on how many.
-    """
+    """A node of the directory. None: its release does not record it, or no process runs the node."""
 
     node: str
-    state: Literal["running", "stopping", "dead"]
+    state: Literal["running", "stopping", "dead"]  # stopping: after SIGTERM or `imstream drain`; dead: without a lease
     last_seen: timedelta
-    lease: timedelta | None = None
+    lease: timedelta | None = None  # how long it lasts unless it is renewed
     address: str | None = None
     host: str | None = None
     pid: int | None = None
-    instance: str | None = None
-    version: str | None = None
+    instance: str | None = None  # the process that holds the lease, as `imstream drain` names it
+    version: str | None = None  # its release
     sessions: int | None = None
-    running: int | None = None
-    not_ready: str | None = None
-    reads: int | None = None
-    metrics: str | None = None
-    paused: str | None = None
-    unfinished: int = 0
-    oldest: timedelta | None = None
-    adopter: str | None = None
-    helpers: Mapping[str, int] | None = None
+    running: int | None = None  # requests that it works on, of any stream
+    not_ready: str | None = None  # why it could not serve when it last renewed its lease; empty if it could
+    reads: int | None = None  # the newest schema of requests that it supports; those of a newer one wait elsewhere
+    metrics: str | None = None  # address of its `/metrics`; empty if it serves none
+    paused: str | None = None  # why an operator has paused it; None also if none has
+    unfinished: int = 0  # requests in its stream
+    oldest: timedelta | None = None  # the age of the oldest of them
+    adopter: str | None = None  # the node that has adopted its stream
+    helpers: Mapping[str, int] | None = None  # other nodes that work on requests of its stream, and on how many
 
     @property
     def condition(self) -> str:

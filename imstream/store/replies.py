@@ -27,22 +27,14 @@ _KNOWN_EVENTS = frozenset({"queued", "opened", "reopened", "waiting", "text", *T
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An attempt has begun, and the message belongs to its request.
-
-    Attributes:
-        nodes: Those with a socket of the user.
-        at: When, in milliseconds since 1970 by the clock of Redis.
-        counted: Attempts before this one that count: those that did more than wait for their backend.
-        waited: Since the message first had to wait for a backend, on any node; None: it had not.
-        continued: How it continues the recorded text; None: it begins again.
-    """
+    """An attempt has begun, and the message belongs to its request."""
 
     attempt: int
-    nodes: tuple[str, ...] = ()
-    at: int = field(default=0, compare=False)
-    counted: int = field(default=0, compare=False)
-    waited: timedelta | None = field(default=None, compare=False)
-    continued: Continued | None = None
+    nodes: tuple[str, ...] = ()  # those with a socket of the user
+    at: int = field(default=0, compare=False)  # when, in milliseconds since 1970 by the clock of Redis
+    counted: int = field(default=0, compare=False)  # earlier attempts that did more than wait for their backend
+    waited: timedelta | None = field(default=None, compare=False)  # since it first had to wait, on any node, if it had
+    continued: Continued | None = None  # how it continues the recorded text; None: it begins again
 
 
 class Beginning(NamedTuple):

@@ -39,24 +39,16 @@ class Event:
 
 @dataclass(slots=True)
 class Timeline:
-    """The life of a message.
-
-    Attributes:
-        state: `queued`, `running`, `waiting` (for a backend), `done`, `failed`, `cancelled`, or `unknown`.
-        now: One sentence about its state.
-        kept_for: How much longer its reply is kept.
-        request: The request that owns it: its node and entry id.
-        unknown: Facts that are not recorded.
-    """
+    """The life of a message."""
 
     user: UserId
     message_id: str
-    state: str = "unknown"
-    now: str = "not in Redis: it was never accepted, or its reply has expired"
-    kept_for: timedelta | None = None
-    request: str | None = None
+    state: str = "unknown"  # queued, running, waiting (for a backend), done, failed, cancelled, or unknown
+    now: str = "not in Redis: it was never accepted, or its reply has expired"  # one sentence about its state
+    kept_for: timedelta | None = None  # how much longer its reply is kept
+    request: str | None = None  # the one that owns it: its node and entry id
     events: list[Event] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)  # facts that are not recorded
 
 
 async def newest(redis: RedisClient, keys: Keys, user: UserId, count: int) -> list[Timeline]:
