@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from imstream.user_ids import UserId
 
-GROUP = "workers"
-"""The consumer group of every requests stream. A consumer is named after the node that works on the entry."""
+GROUP = "workers"  # consumer group of every requests stream; a consumer is named after the node that works on the entry
 
 
 @dataclass(frozen=True, slots=True)

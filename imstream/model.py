@@ -23,10 +23,7 @@ TERMINAL_EVENTS: tuple[TerminalEvent, ...] = ("done", "failed", "cancelled")
 
 Usage = dict[str, int]  # token counts of a backend, by their names
 SCHEMA_FIELD = "v"  # the field of the version, also written by the scripts that append to replies
-
-SCHEMA_VERSION = 1
-"""The version that this release writes. Entries without the field have version 1."""
-
+SCHEMA_VERSION = 1  # the version that this release writes; entries without the field have version 1
 RETRIED_VERSION = 2  # the version of requests made from a dead letter, whose reply has ended (`retry.lua`)
 NEWEST_VERSION = RETRIED_VERSION  # the newest version that this release reads
 

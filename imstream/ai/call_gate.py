@@ -92,8 +92,7 @@ class CallGate:
         self._loop = asyncio.get_running_loop()
         self.breaker = Breaker(settings, clock=self._loop.time)
         self._rate, self._counted_at = 0.0, self._loop.time()
-        self._normal_rate: float | None = None
-        """The rate before the failures that are going on; None while calls succeed."""
+        self._normal_rate: float | None = None  # the rate before the current failures; None while calls succeed
         self._back_at: float | None = None  # when the backend came back; None while calls are not paced
         self._next_at = 0.0
         self._logged = set[str]()  # reasons that were logged since the last success

@@ -39,9 +39,7 @@ MAX_PAUSE = timedelta(minutes=2)
 
 RETRY = timedelta(seconds=3)  # wait before sending again unless the server sent one
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 and the number of the signal, as in shells
-
-_TICK, _DRAW_INTERVAL = 0.25, 0.05
-"""Seconds between two looks at the status, and between two pieces of text on a screen."""
+_TICK, _DRAW_INTERVAL = 0.25, 0.05  # seconds between looks at the status, and between pieces of text on a screen
 
 _COMMAND = re.compile(r"/[a-z]+")
 _SHOWN = 60  # columns of a question that a note names

@@ -20,9 +20,7 @@ from imstream.store.nodes import NodeOverview, inspect_nodes
 from imstream.store.pauses import ALL, Pauses
 
 NOT_CONFIRMED = 3  # exit code when a node has not done it in time
-
-_CONFIRM = timedelta(seconds=10)
-"""How long a node has to confirm. It looks once a second."""
+_CONFIRM = timedelta(seconds=10)  # how long a node has to confirm; it looks once a second
 
 
 def _of_nodes(command: AsyncCommand) -> Callable[..., None]:

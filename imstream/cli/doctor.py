@@ -35,8 +35,7 @@ from imstream.store.nodes import NodeOverview, inspect_nodes, redis_now
 MAX_CLOCK_DIFFERENCE = timedelta(seconds=2)
 """Largest difference to the clock of Redis without a warning: times of quotas, tokens and logs may be so far off."""
 
-MAX_ROUND_TRIP = timedelta(milliseconds=100)
-"""Longest answer of Redis without a warning: each message waits for several."""
+MAX_ROUND_TRIP = timedelta(milliseconds=100)  # longest answer of Redis without a warning: a message waits for several
 
 _ROUND_TRIPS = 10
 MIN_REDIS = (6, 2)

@@ -27,8 +27,7 @@ _HEADERS = {"Cache-Control": "no-store", "Server": "imstream-demo (canned answer
 
 _BACKLOG = 2048
 _GRACE = 1  # seconds that running answers get when the server stops
-_EARLY = 0.002
-"""Seconds that a delta may be early: timers are, and waiting for the rest of a millisecond doubles the CPU cost."""
+_EARLY = 0.002  # seconds that a delta may be early, as timers are: to wait for the rest of a ms doubles the CPU cost
 
 
 @dataclass(slots=True)

@@ -27,8 +27,7 @@ REFRESH_PAUSE = 0.5  # minimum seconds between two requests for the slots
 _KEYLESS = frozenset({"PING", "INFO", "ECHO", "TIME", "CONFIG", "CLIENT", "SCRIPT", "DBSIZE", "WAIT", "COMMAND"})
 _KEY_AFTER_SUBCOMMAND = frozenset({"XINFO", "XGROUP", "OBJECT", "MEMORY"})
 _SCRIPTS = frozenset({"EVALSHA", "EVAL"})
-_READS = {"XREADGROUP": 4, "XREAD": 1}
-"""Index of the first option: before it, STREAMS may be the name of a group or a consumer."""
+_READS = {"XREADGROUP": 4, "XREAD": 1}  # index of the first option: before it, STREAMS may name a group or a consumer
 
 
 class NodeAddress(NamedTuple):

@@ -23,9 +23,7 @@ MAX_DEAD_LETTERS = 10_000
 
 _PAGE = 100
 _FRUITLESS_PAUSE = 1.0  # seconds in which memory is not searched for dead letters again after there were none
-
-_SCAN_PAUSE = 60.0
-"""Seconds in which the keys are not scanned again for dead letters: it takes Redis half a second for a million."""
+_SCAN_PAUSE = 60.0  # seconds until keys are scanned again for dead letters: it takes Redis half a second for a million
 
 Outcome = Literal["retried", "unknown", "node_full", "user_full"]
 

@@ -14,9 +14,7 @@ from imstream.keys import Keys
 from imstream.redis.client import RedisClient, to_dict
 from imstream.settings import Settings
 
-ALL = "*"
-"""The field of a pause of all nodes, also of those that start later. It is no node id."""
-
+ALL = "*"  # the field of a pause of all nodes, also of those that start later; it is no node id
 _MAX_TEXT = 256  # characters of a reason
 
 

@@ -14,8 +14,7 @@ from imstream.worker.attempt import WorkerDeps
 from imstream.worker.job import Job
 from imstream.worker.jobs import Jobs, Slots
 
-MAX_UNANSWERED = 1000
-"""Maximum openings without an answer that are remembered. Of another one, an attempt is used up."""
+MAX_UNANSWERED = 1000  # openings without an answer that are remembered; of another one, an attempt is used up
 
 
 @dataclass(eq=False, repr=False)

@@ -12,9 +12,7 @@ from imstream.worker.attempt import WorkerDeps
 from imstream.worker.consumer import StreamConsumer
 
 _MARGIN = 0.05  # seconds from the end of a lease to the scan for it; also the minimum between two scans
-
-_UNCERTAIN = 0.2
-"""Seconds between two scans while it is not certain which nodes are dead: at the start, and after Redis was away."""
+_UNCERTAIN = 0.2  # seconds between scans while it is not certain who is dead: at the start, and after Redis was away
 
 log = structlog.get_logger()
 
@@ -30,8 +28,7 @@ class Adopter:
         """Nodes whose groups have no consumer that an earlier process of this node has left."""
         self._read: set[str] = set()
         """Nodes whose streams this process has read: Redis may run a read after its time limit."""
-        self._errors: dict[str, str] = {}
-        """The last error of each stream that cannot be read. It is logged once, not at each scan."""
+        self._errors: dict[str, str] = {}  # the last error of each stream that cannot be read; it is logged once
         self._newer: dict[str, int] = {}  # number of requests in each stream that only a newer release supports
         self._interval = deps.settings.lease.total_seconds() / 3
         self._wake = asyncio.Event()

@@ -37,8 +37,7 @@ class Calls:
         self._called = list[Upstream]()  # the backends that were found away since the message waited last
         self._broke: tuple[Upstream, ...] = ()  # the backend that broke the last attempt: the next one prefers others
         self._tokens: int | None = None  # those of its prompt, once they are counted
-        self._backoff = deps.settings.retry_wait
-        """Limit of the random time before the next repeated call. It doubles each time."""
+        self._backoff = deps.settings.retry_wait  # limit of the random time before the next repeated call; it doubles
         self._counted = 0  # attempts before this one that count
         self._last_wait: Wait | None = None
         self._waits_since: float | None = None  # loop time of the first failure that made the message wait, on any node

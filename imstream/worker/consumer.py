@@ -18,9 +18,7 @@ from imstream.worker.jobs import Jobs, Slots
 SUSPECT = 3
 """From this delivery on, a request runs beside no other suspect: if the worker dies again, the cause is known."""
 
-CLAIMS = 64
-"""Maximum claims at once. One after the other, a round trip for each of thousands of requests took a minute."""
-
+CLAIMS = 64  # maximum at once: one by one, a round trip for each of thousands of requests took a minute
 _REDIS_PAUSE = 0.2  # seconds between two tries while Redis is away
 
 log = structlog.get_logger()

@@ -25,8 +25,7 @@ TOGETHER = 32
 """Maximum answers flushed at once, before other tasks run. 400 paced answers, a third per round and in such parts, take
 5 % less CPU than all of them at once."""
 
-CANCEL_WAIT = 1.0
-"""Seconds that another node has to cancel a message that it works on. Then it is cancelled without its last text."""
+CANCEL_WAIT = 1.0  # seconds that another node has to cancel its message; then it is cancelled without its last text
 
 
 @dataclass
@@ -51,8 +50,7 @@ class Jobs:
         self._jobs: list[Job] = []
         self._taken = 0  # slots with a job, or reserved for one
         self._draining = False
-        self._left: Counter[str] | None = None
-        """Once the node is stopping: requests whose jobs ended without them, by stream."""
+        self._left: Counter[str] | None = None  # once the node stops: requests whose jobs ended without them, by stream
         self._consumers: set[str] = set()
         self._next_consumer: str | None = None
         """The consumer that found no free slot. It gets the next one, which a blocked read would keep otherwise."""

@@ -17,9 +17,7 @@ RECENT = 64  # number of service times that estimates are made from: those of th
 
 GOLDEN = (5**0.5 - 1) / 2
 PLAYS = 8
-MAX_PLAYED = 256
-"""Requests that are played through for an estimate. Those behind are expected at the average pace."""
-
+MAX_PLAYED = 256  # requests that are played through for an estimate; those behind are expected at the average pace
 UPDATE_INTERVAL = 0.5  # seconds between two updates of places that a client wants to know
 _MORE = 32  # positions behind the last one that an estimate is made for: messages are expected to join there
 

@@ -104,8 +104,7 @@ _WEIGHTS: list[tuple[int, Iterable[int]]] = [
 """Weights and their characters; any other ASCII character is a symbol. All weights differ."""
 
 _RARE, _RARE_REST = bytes([_MAX]), 300 - _MAX
-_SYMBOL_LETTER, _AFTER_SYMBOL = bytes([_SYMBOL, _LETTER]), 140
-"""A letter directly after a symbol begins another token."""
+_SYMBOL_LETTER, _AFTER_SYMBOL = bytes([_SYMBOL, _LETTER]), 140  # a letter directly after a symbol begins another token
 
 _CONTINUATION_BYTES = bytes(range(0x80, 0xC0))
 _BY_FIRST_BYTE = {byte: weight for weight, characters in _WEIGHTS for byte in characters}
