@@ -25,15 +25,12 @@ class ReasoningFilter:
 
     With `opened`, the chat template writes the opening tag: the text begins with reasoning, unless it is short and has
     no closing tag at all.
-
-    Attributes:
-        reasoning: Text removed by the last `feed`, without the tags. With `opened`, also text that `end` may return.
-        passed: The beginning is over: from now on, all text passes.
     """
 
     def __init__(self, *, opened: bool = False) -> None:
-        self.passed = False
+        self.passed = False  # whether the beginning is over: from now on, all text passes
         self.reasoning = ""
+        """Text removed by the last `feed`, without the tags. With `opened`, also text that `end` may return."""
         self._held = ""  # a possible prefix of a tag, or the end of the reasoning
         self._closing = ""  # the tag that ends the reasoning
         self._removed = False

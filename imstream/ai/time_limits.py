@@ -39,13 +39,11 @@ class TimeLimits:
 
     Raises `BackendError` on exit, with the reason of the exceeded limit. `renew` only stores a time, which the
     timer compares when it fires: a thousand tokens cost a thousand assignments and one timer.
-
-    Attributes:
-        catch_up: Called before silence is found too long: reads the data received while the connection paused.
     """
 
     def __init__(self, *, total: timedelta) -> None:
         self.catch_up: Callable[[], None] = _nothing
+        """Called before silence is found too long: reads the data received while the connection paused."""
         self._loop = asyncio.get_running_loop()
         self._scope = asyncio.timeout(None)
         self._total = self._within = total.total_seconds()

@@ -22,17 +22,13 @@ class TerminalOutput:
 
     The last lines on a terminal may change: the part of an answer whose Markdown is not complete, and the status. They
     are erased and written again; lines that would not fit the screen are left as they are.
-
-    Attributes:
-        is_live: Answers are written as they arrive.
-        can_redraw: The terminal executes escape sequences; without, there is neither Markdown nor a status.
     """
 
     def __init__(self) -> None:
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr] # locales that are not UTF-8
         has_sequences = os.environ.get("TERM", "dumb") != "dumb"
-        self.is_live = sys.stdout.isatty()
-        self.can_redraw = self.is_live and has_sequences
+        self.is_live = sys.stdout.isatty()  # whether answers are written as they arrive
+        self.can_redraw = self.is_live and has_sequences  # else there is neither Markdown nor a status
         self._note_format = f"{_DIM}{{}}{_RESET}\n" if has_sequences and sys.stderr.isatty() else "{}\n"
         self._markdown = None
         if self.can_redraw:
