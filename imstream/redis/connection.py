@@ -11,6 +11,8 @@ and `DefaultParser.parse_error`, for its classes of errors.
 # ruff: noqa: D102 - the callbacks of asyncio.Protocol are described there
 
 import asyncio
+import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -41,6 +43,9 @@ OnRoundtrip = Callable[[float], None]  # is called with the seconds from the sen
 _CLOSED_BY_REDIS = "Redis has closed the connection"
 
 _INCOMPLETE = object()
+
+_DISCARD = struct.pack("ii", 1, 0)
+"""Has the system discard what a closed socket has not sent, or was not acknowledged, and reset the connection."""
 
 _pack = cast("Callable[[tuple[Argument, ...]], bytes]", hiredis.pack_command)  # its stub has tuples of one part only
 
@@ -190,6 +195,9 @@ class RedisConnection(asyncio.Protocol):
         transport, self._transport = self._transport, None
         if transport is not None:
             transport.set_protocol(self._streams)  # so that this object is not called when it closes
+            if self._replies:  # commands that are given up: what has not arrived must not be delivered and run later
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _DISCARD)
+                transport.abort()
             transport.close()
 
     def _fail(self, error: StoreUnavailable) -> None:

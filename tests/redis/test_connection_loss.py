@@ -13,6 +13,7 @@ from imstream.redis import pipeline
 from imstream.redis.client import BlockingReader, RedisClient
 from imstream.redis.pipeline import Pipeline
 from tests.support.servers import RedisServer
+from tests.support.tcp_proxy import tcp_proxy
 from tests.support.waiting import wait_until
 
 SHORT = timedelta(milliseconds=300)
@@ -68,6 +69,20 @@ async def test_nothing_is_repeated_when_the_outcome_is_unknown(own_server: Redis
         resume(own_server)
         await wait_until(lambda: _answers(redis_client), "it answers again")
         assert await redis_client.execute("XLEN", "s") == 1
+
+
+async def test_what_is_on_its_way_when_it_is_given_up_is_not_delivered_later(redis_server: RedisServer) -> None:
+    async with tcp_proxy(redis_server.port) as proxy:
+        url = redis_server.admin_url.replace(f":{redis_server.port}", f":{proxy.port}")
+        async with RedisClient(url, connections=1, timeout=SHORT) as redis_client:
+            await redis_client.execute("PING")
+            command = proxy.hold(b"SET", b"late")
+            with pytest.raises(StoreUnavailable):  # it does not fit in the buffers of the proxy
+                await redis_client.execute("SET", "late", 16_000_000 * b"x")
+            command.released.set()
+            await wait_until(lambda: proxy.open == 0, "the connection has ended")
+            with redis_server.client() as client:
+                assert not client.exists("late")
 
 
 async def test_a_server_killed_and_started_again_is_found_again(own_server: RedisServer) -> None:
