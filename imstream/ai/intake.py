@@ -10,6 +10,7 @@ from imstream.ai.answer_reader import AnswerReader
 from imstream.ai.held_connection import HeldConnection
 from imstream.ai.rollup import RollUp
 from imstream.ai.time_limits import TimeLimits
+from imstream.errors import BackendError
 
 CHUNK = 16 * 1024  # bytes that are parsed, and characters that are passed on, in one turn of the event loop
 MAX_BLOCKING = 0.005  # seconds after which large reads leave the event loop to others for as long as they used it
@@ -99,6 +100,9 @@ class Intake:
                 start = perf_counter()  # uvloop's clock does not advance within a turn
                 try:
                     self.feed(data[begin : begin + CHUNK], defer=False)
+                except BackendError as error:
+                    error.__context__ = None  # it and the traceback hold the value, of any number of objects
+                    raise error.with_traceback(None) from None
                 finally:  # also after an answer that cannot be read
                     await self.turn.rest(perf_counter() - start)
                 await self._pass_on_text()

@@ -221,16 +221,37 @@ async def test_a_hostile_answer_costs_little_and_is_reported_in_a_short_line(row
     assert one.cost.pause < 4 * plain, f"a pause of {one.cost.pause / plain:.1f} times a plain answer of a mebibyte"
 
 
-@pytest.mark.parametrize("row", ["many lists", pytest.param("a document of many lists", marks=pytest.mark.long)])
-async def test_many_hostile_answers_at_once_hold_up_the_loop_no_longer_than_one(row: str) -> None:
-    plain = await plain_cost()
-    answer, end = HOSTILE[row]
+async def at_once(answer: bytes, number: int = 8) -> tuple[list[Any], Cost]:
+    """The completions or errors of calls that begin together, and their cost."""
     with blaster(lambda _: answer) as url:
         async with OpenAIBackend(Settings.load(ai_url=url)) as client, measured() as cost:
-            calls = [client.answer(PROMPT, on_text=lambda _: None) for _ in range(8)]
-            for got in await asyncio.gather(*calls, return_exceptions=True):
-                assert (f"{got.kind} {got.reason}" if isinstance(got, BackendError) else got.finish_reason) == end  # type: ignore[union-attr]
-    assert cost.pause < 7 * plain, f"a pause of {cost.pause / plain:.1f} times a plain answer of a mebibyte"
+            calls = [client.answer(PROMPT, on_text=lambda _: None) for _ in range(number)]
+            return await asyncio.gather(*calls, return_exceptions=True), cost
+
+
+@pytest.mark.parametrize("row", ["many lists", "a document of many lists"])
+async def test_many_hostile_answers_at_once_hold_up_the_loop_no_longer_than_one(row: str) -> None:
+    answer, end = HOSTILE[row]
+    pauses = []
+    for _ in range(3):  # in turn with plain answers: the speed of a machine changes with its other processes
+        plain = (await call(PLAIN)).cost.total
+        results, cost = await at_once(answer)
+        pauses.append(cost.pause / plain)
+        for got in results:
+            assert (f"{got.kind} {got.reason}" if isinstance(got, BackendError) else got.finish_reason) == end
+    assert sorted(pauses)[1] < 3.5, f"pauses of {pauses} times a plain answer of a mebibyte"
+
+
+@pytest.mark.parametrize("error", ["", '"error":{"code":"overloaded"},'])
+@pytest.mark.parametrize("kind", ["document", "event"])
+async def test_an_error_does_not_keep_the_answer_in_memory(kind: str, error: str) -> None:
+    value = b'{%b"choices":7,"x":[%b[]]}' % (error.encode(), filled(b"[],", MIB // 10))
+    answer = chunked(value if kind == "document" else b"data: %b\n\n" % value)
+    gc.collect()
+    before = len(gc.get_objects())
+    results, _ = await at_once(answer, 2)
+    assert all(isinstance(got, BackendError) for got in results)
+    assert len(gc.get_objects()) - before < 10_000  # of 35,000 lists in each
 
 
 async def test_absurd_waits_are_an_hour_at_most_or_none() -> None:
