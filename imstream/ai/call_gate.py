@@ -98,6 +98,8 @@ class CallGate:
         self._logged = set[str]()  # reasons that were logged since the last success
         self.reason: str | None = None  # why the last call failed, while the breaker is open or half-open
         self._away_since = 0.0
+        self.period = 0
+        """Grows when the breaker opens, and when the backend is back."""
 
     @property
     def is_closed(self) -> bool:
@@ -136,6 +138,7 @@ class CallGate:
         self.breaker.record_success()
         if was_tripped and not self.breaker.tripped:
             self._back_at = self._next_at = self._loop.time()
+            self.period += 1
             self._logged.clear()
             away = round(self._back_at - self._away_since, 1)
             log.info("backend is back", backend=self.name, reason=self.reason, away_seconds=away)
@@ -145,9 +148,13 @@ class CallGate:
             self._normal_rate = None
             self._logged.clear()
 
-    def record_failure(self, error: BackendError, *, user: object) -> None:
-        """A call has failed. Only a backend that is away counts; a broken answer does not concern other calls."""
-        if error.kind not in {"away", "misconfigured"}:
+    def record_failure(self, error: BackendError, *, user: object, period: int) -> None:
+        """A call that began in `period` has failed.
+
+        Only a backend that is away counts; a broken answer does not concern other calls. In an earlier period, only a
+        Retry-After counts: nothing else is about the present.
+        """
+        if error.kind not in {"away", "misconfigured"} or (period != self.period and error.retry_after is None):
             return
         is_ours = error.kind == "misconfigured" or error.reason in NEEDS_OPERATOR
         if self._normal_rate is None:
@@ -157,7 +164,9 @@ class CallGate:
         self.breaker.record_failure(error.retry_after, source=None if shared else user)
         if self.breaker.tripped:
             self.reason = error.reason
-            self._away_since = self._away_since if was_tripped else self._loop.time()
+            if not was_tripped:
+                self._away_since = self._loop.time()
+                self.period += 1
         if error.reason not in self._logged and (is_ours or self.breaker.tripped > was_tripped):
             self._logged.add(error.reason)
             event = "backend is misconfigured" if is_ours else "backend is away"

@@ -101,12 +101,12 @@ class Upstream:
         finally:
             self.in_flight -= 1
 
-    def record_failure(self, error: BackendError, *, user: object) -> None:
-        """A call has failed."""
+    def record_failure(self, error: BackendError, *, user: object, period: int) -> None:
+        """A call that began in this period of the gate has failed."""
         if error.kind != "impossible":  # that does not concern the backend
             self.is_reachable = False
             self.last_error, self.failed_at = str(error), now_ms()
-        self.gate.record_failure(error, user=user)
+        self.gate.record_failure(error, user=user, period=period)
 
 
 def best(

@@ -109,7 +109,7 @@ class AttemptRunner:
                 raise CannotContinue
         messages = await deps.prompter.messages(request, upstream.backend)
         self.check_pause()  # immediately before the call: a guard may have taken long
-        metrics, result = deps.metrics, "stopped"
+        metrics, result, period = deps.metrics, "stopped", upstream.gate.period
         if beginning:
             metrics.continuations[upstream.name] += 1
         try:
@@ -134,7 +134,7 @@ class AttemptRunner:
                 told = {"backend": upstream.name, "error": str(error)}
                 log.warning("backend refuses to continue an answer", **told, **request.ids)
                 raise CannotContinue from None
-            upstream.record_failure(error, user=request.user_id)
+            upstream.record_failure(error, user=request.user_id, period=period)
             raise
         except GuardRejection as rejection:
             result = "refused"

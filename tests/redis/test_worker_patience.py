@@ -176,7 +176,7 @@ async def test_a_node_that_stops_without_redis_gives_back_the_call_that_would_ha
     async with run_worker(
         redis_server, read_block="1s", ai_breaker_failures=1, ai_breaker_pause="10ms", retry_wait_max="10ms"
     ) as worker:
-        worker.upstream.record_failure(failure(), user=USER)
+        worker.upstream.record_failure(failure(), user=USER, period=worker.upstream.gate.period)
         await wait_until(worker.upstream.may_be_called, "its breaker is half-open")
         await worker.reads()
         monkeypatch.setattr(RequestStream, "hand_back", lost)

@@ -1,6 +1,7 @@
 """The gate in front of a backend: the calls let through when it works, is away, and is back."""
 
 import asyncio
+from datetime import timedelta
 
 from structlog.testing import capture_logs
 
@@ -26,7 +27,7 @@ def failure(reason: str = "connect_failed", kind: FailureKind = "away") -> Backe
 
 def break_down(gate: CallGate) -> None:
     for _ in range(FAILURES):
-        gate.record_failure(failure(), user=10001)
+        gate.record_failure(failure(), user=10001, period=gate.period)
     assert gate.breaker.tripped
 
 
@@ -47,11 +48,12 @@ class Backend:
         """Call until it is answered."""
         while True:
             await self.enter()
+            period = self.gate.period
             self.called_at.append((asyncio.get_running_loop().time(), number))
             if not self.away:
                 self.gate.record_success()
                 return
-            self.gate.record_failure(failure(), user=number)
+            self.gate.record_failure(failure(), user=number, period=period)
 
 
 @in_virtual_time
@@ -72,7 +74,7 @@ async def test_the_log_has_the_absence_and_return_of_a_backend_with_the_reason_a
         for pause in (PAUSE, 2 * PAUSE):
             await asyncio.sleep(pause)
             await backend.enter()
-            gate.record_failure(failure(), user=10001)
+            gate.record_failure(failure(), user=10001, period=gate.period)
         await asyncio.sleep(60)
         gate.record_success()
     away, back = lines
@@ -87,7 +89,7 @@ async def test_the_log_has_the_absence_and_return_of_a_backend_with_the_reason_a
 async def test_a_misconfigured_backend_that_is_still_called_is_logged_without_a_pause() -> None:
     gate, _ = make_backend()
     with capture_logs() as lines:
-        gate.record_failure(failure("model_not_found", "misconfigured"), user=10001)
+        gate.record_failure(failure("model_not_found", "misconfigured"), user=10001, period=gate.period)
     assert lines[0]["event"] == "backend is misconfigured"
     assert "pause_seconds" not in lines[0]
 
@@ -165,11 +167,40 @@ async def test_only_a_backend_that_is_away_closes_the_gate() -> None:
     gate, _ = make_backend()
     for kind in ("broken", "impossible"):
         for number in range(10):
-            gate.record_failure(failure("http_400", kind), user=number)
+            gate.record_failure(failure("http_400", kind), user=number, period=gate.period)
     assert not gate.is_closed
     for _ in range(10):
-        gate.record_failure(failure("first_token_timeout"), user="one")
+        gate.record_failure(failure("first_token_timeout"), user="one", period=gate.period)
     assert not gate.is_closed
     for user in ("two", "three"):
-        gate.record_failure(failure("first_token_timeout"), user=user)
+        gate.record_failure(failure("first_token_timeout"), user=user, period=gate.period)
     assert gate.is_closed
+
+
+@in_virtual_time
+async def test_a_call_that_began_before_the_backend_was_away_or_back_and_fails_late_is_not_counted() -> None:
+    gate, _ = make_backend()
+    before = gate.period
+    break_down(gate)
+    during = gate.period
+    await asyncio.sleep(PAUSE)
+    with capture_logs() as lines:
+        gate.record_failure(failure(), user="late", period=before)
+        assert gate.delay() == 0  # a call may try it
+        gate.record_success()
+        for period in (before, during):
+            for number in range(FAILURES):
+                gate.record_failure(failure("invalid_key", "misconfigured"), user=number, period=period)
+    assert gate.state == "recovering"
+    assert [line["event"] for line in lines] == ["backend is back"]
+
+
+@in_virtual_time
+async def test_a_call_that_fails_late_still_has_its_retry_after() -> None:
+    gate, _ = make_backend()
+    before = gate.period
+    break_down(gate)
+    gate.record_success()
+    asked = BackendError("http_429", kind="away", retry_after=timedelta(seconds=7))
+    gate.record_failure(asked, user="late", period=before)
+    assert (gate.state, gate.delay()) == ("away", 7)

@@ -60,7 +60,7 @@ def taken(backends: Backends, **wish: Any) -> str:  # noqa: ANN401 - see `Backen
 
 def fails(upstream: Upstream) -> None:
     """A call has found it away."""
-    upstream.record_failure(BackendError("connect_failed", kind="away"), user=10001)
+    upstream.record_failure(BackendError("connect_failed", kind="away"), user=10001, period=upstream.gate.period)
 
 
 @in_virtual_time
