@@ -18,7 +18,7 @@ from imstream.store.dead_letters import DeadLetterBounds
 from imstream.store.replies import Opening
 from imstream.store.scripts import LUA, Step, run_both
 
-MAX_PENDING_LISTED = 1_000
+MAX_PENDING_LISTED = 100_000  # as in `acquire_lease`; one node has no more in work
 
 
 class GroupMissing(Exception):  # noqa: N818 - a state of the stream, not a fault of the caller

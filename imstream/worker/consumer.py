@@ -33,7 +33,7 @@ class StreamConsumer:
         self._jobs = jobs
         self._running: set[str] = set()  # entries that have a job
         self._inherited: dict[str, int] | None = None
-        """Deliveries of the entries that an earlier process left pending under our name."""
+        """Deliveries of the entries that an earlier process left pending under our name, or that we handed back."""
         self.newer: set[str] = set()  # entries of a newer release, left to a node that supports their schema
         self._newest_version = NEWEST_VERSION
         self._suspect: str | None = None
@@ -185,7 +185,7 @@ class StreamConsumer:
     async def _claim(self, pending: PendingEntry, slots: Slots) -> None:
         inherited = self._inherited or {}
         # Counted when this process began: a sum made now would count a claim twice whose answer was lost.
-        deliveries = max(1, inherited.get(pending.entry_id, pending.deliveries))
+        deliveries = max(1, pending.deliveries, inherited.get(pending.entry_id, 0))
         # With more deliveries than the maximum, it is buried without a run.
         is_suspect = SUSPECT <= deliveries <= self._deps.settings.max_deliveries
         if is_suspect and self._suspect is not None:
@@ -257,6 +257,8 @@ class StreamConsumer:
             # For example, its reply stream was changed by hand. Other requests continue.
             job.log.exception("request cannot be ended, will be claimed again", entry=entry_id)
         finally:
+            if job.entry.deliveries > 1 and not job.is_finished and self._inherited is not None:
+                self._inherited[entry_id] = job.entry.deliveries
             self._running.discard(entry_id)
             if self._suspect == entry_id:
                 self._suspect = None

@@ -77,6 +77,30 @@ async def test_a_message_that_waits_for_its_backend_does_not_fail_during_a_pause
         assert [entry["attempt"] for entry in worker.entries()][-1] == "2"
 
 
+async def test_a_pause_forgets_no_death_of_a_worker(redis_server: RedisServer) -> None:
+    async with run_worker(redis_server, **SLOW) as worker:
+        entry_id = await worker.ask()
+        await worker.backend.call(1)
+        await worker.crash()
+    async with run_worker(redis_server, **SLOW) as worker:
+        worker.backend.always = lambda call: call.fail(away())
+        for _ in range(2):
+            await wait_until(lambda: worker.entries()[-1].get("reason") == "connect_failed", "it waits")
+            assert worker.pending() == {entry_id: 2}
+            await pause(worker)
+            await is_handed_back(worker)
+            assert worker.pending() == {entry_id: 1}
+            await worker.pauses.resume(ALL)
+            await wait_until(lambda: worker.jobs.line.reason != "paused", "the pause has ended")
+        await worker.stop()
+        assert worker.pending() == {entry_id: 1}
+    async with run_worker(redis_server, **SLOW) as worker:
+        call = await worker.backend.call(1)
+        assert worker.pending() == {entry_id: 2}
+        call.done("at last")
+        await worker.idle()
+
+
 @pytest.mark.parametrize("failure", [away(), BackendError("broken_stream", "cut")])
 @pytest.mark.parametrize("others", [0, 1])
 async def test_a_call_that_fails_during_a_pause_is_made_again_after_it_even_if_it_was_the_last_attempt(

@@ -132,6 +132,19 @@ async def test_a_request_that_was_handed_back_in_good_order_has_not_died(redis_s
         assert worker.recorded() == ("done", "at last")
 
 
+async def test_every_pending_request_has_its_deaths_counted(redis_server: RedisServer) -> None:
+    many = 1_010
+    async with run_worker(redis_server, start=False, max_deliveries=3, queue_limit=many) as worker:
+        await worker.requests.ensure_group()
+        entry_ids = await asyncio.gather(*(worker.ask(f"m{n}", user=USER + n) for n in range(many)))
+        leave_pending(worker, 3, *entry_ids)
+        worker.backend.always = lambda call: call.done("x")
+        worker.start()
+        await worker.idle()
+        assert worker.backend.calls == []
+        assert len(worker.dead()) == many
+
+
 async def test_suspects_run_one_at_a_time_and_beside_requests_that_are_none(redis_server: RedisServer) -> None:
     async with run_worker(redis_server, start=False, max_deliveries=9) as worker:
         await worker.requests.ensure_group()
