@@ -156,13 +156,13 @@ class RequestStream:
             rows = await self._redis.execute("XPENDING", self.key, GROUP, "-", "+", MAX_PENDING_LISTED, consumer)
         return [PendingEntry(row[0], int(row[3]), consumer) for row in rows if row[0] not in excluded]
 
-    async def claim(self, entry: PendingEntry, *, deliveries: int) -> Entry | None:
-        """Claim a pending entry and set its delivery count.
+    async def claim(self, entry: PendingEntry, *, deliveries: int, to: str | None = None) -> Entry | None:
+        """Claim a pending entry, for us or for the consumer `to`, and set its delivery count.
 
         None when it has ended or changed its consumer, or when the node of its consumer is alive again (I7).
         """
         needs_lease = int(entry.consumer == self.node and not self.is_own)
-        arguments = (GROUP, self.consumer, entry.consumer, entry.entry_id, deliveries, needs_lease, 0)
+        arguments = (GROUP, to or self.consumer, entry.consumer, entry.entry_id, deliveries, needs_lease, 0)
         fields = await LUA["claim"].run(self._redis, (self.key, self._lease), arguments)
         return None if fields is None else Entry(entry.entry_id, to_dict(fields), deliveries)
 
@@ -175,14 +175,12 @@ class RequestStream:
             return False
         return bool(rows) and rows[0][1] != self.consumer
 
-    async def hand_back(self, entry: Entry | PendingEntry, *, to: str | None = None) -> None:
+    async def hand_back(self, entry: Entry, *, to: str | None = None) -> None:
         """Do not count our delivery of an entry: the worker stops, and did not die of it. Idempotent.
 
-        One that is only pending for us, and has no job, keeps its count. Nothing happens when the entry has another
-        consumer. `to`: the consumer that has it from now on.
+        Nothing happens when the entry has another consumer. `to`: the consumer that has it from now on.
         """
-        deliveries = entry.deliveries - 1 if isinstance(entry, Entry) else entry.deliveries
-        arguments = (GROUP, to or self.consumer, self.consumer, entry.entry_id, deliveries, 0, 1)
+        arguments = (GROUP, to or self.consumer, self.consumer, entry.entry_id, entry.deliveries - 1, 0, 1)
         await LUA["claim"].run(self._redis, (self.key, self._lease), arguments)
 
     async def unfinished(self) -> int:

@@ -105,7 +105,7 @@ class StreamConsumer:
             left = await self._requests.pending(exclude=self.newer | running)
             if self._deps.pauses.is_known and self._deps.pauses.of(self._requests.node):
                 for one in left:  # nothing starts here: another node may answer them
-                    await self._requests.hand_back(one, to=self._requests.node)
+                    await self._requests.claim(one, deliveries=one.deliveries, to=self._requests.node)
             self._finished = not running and not left
         wanted = 0 if self._finishing or not self._deps.lease_keeper.held else self._deps.startable(self._requests.node)
         with self._jobs.reserve(wanted, self._requests.node) as slots:

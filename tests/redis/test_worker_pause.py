@@ -239,9 +239,8 @@ async def test_a_request_that_is_handed_back_while_the_pending_ones_are_read_is_
     """The node that has adopted it is paused, and ends the adoption in the moment in which the job ends."""
     hand_back, pending, is_read = RequestStream.hand_back, RequestStream.pending, asyncio.Event()
 
-    async def hand_back_then(stream: RequestStream, entry: Entry | PendingEntry, *, to: str | None = None) -> None:
-        if isinstance(entry, Entry):  # by its job
-            await is_read.wait()
+    async def hand_back_then(stream: RequestStream, entry: Entry, *, to: str | None = None) -> None:
+        await is_read.wait()
         await hand_back(stream, entry, to=to)
 
     async def read_first(
