@@ -1,7 +1,7 @@
 """Logging: one structured line per event, as JSON or for a terminal; never the text of a message.
 
-imstream uses structlog, its libraries (uvicorn, aiohttp, asyncio) through `logging`; both write to standard output
-in the same format. Tracebacks have no local variables, because these hold people's messages.
+imstream uses structlog, its libraries (uvicorn, asyncio) through `logging`; both write to standard output in the
+same format. Tracebacks have no local variables, because these hold people's messages.
 
 Values are untrusted: characters that are not printable are escaped, and long values are cut. Lines that unauthenticated
 clients can cause share one token bucket (`LIMITED`).
@@ -50,7 +50,7 @@ _COUNT_DELAY = 1.0  # seconds from the first dropped line until their number is 
 
 _QUERY = re.compile(r"\?[^\s\"'>]+")
 
-_QUIET = ("uvicorn.error", "uvicorn.access", "aiohttp.access", "asyncio")
+_QUIET = ("uvicorn.error", "uvicorn.access", "asyncio")
 """Loggers with lines for each connection, some with its query string: below warning only if the level is debug."""
 
 _NEVER_DEBUG = ("uvicorn.error", "websockets")

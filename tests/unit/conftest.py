@@ -12,7 +12,7 @@ def restored_logging() -> Iterator[None]:
     """Restore the process-wide logging configuration after the test."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    names = ("uvicorn", "uvicorn.error", "uvicorn.access", "aiohttp.access", "asyncio", "websockets")
+    names = ("uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "websockets")
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:  # as in a new process, whatever a test before this one has configured
         logging.getLogger(name).propagate, logging.getLogger(name).disabled = True, False
