@@ -108,7 +108,7 @@ class Backends:
 
     async def check(self) -> None:
         """Log which backends will not answer, as far as that is known without a prompt."""
-        await asyncio.gather(*map(_check, self._all))
+        await asyncio.gather(*map(self._check, self._all))
 
     async def recheck(self) -> None:
         """Check the half-open ones while others work: no call has to try one that is frozen and accepts connections."""
@@ -223,6 +223,14 @@ class Backends:
         if self._waiting:
             self._admit()
 
+    async def _check(self, one: Upstream) -> None:
+        error = await one.check()
+        if error is not None and error.reason == "connect_failed":
+            await asyncio.sleep(RECHECK)
+            error = await one.check() if one in self._all else None  # else it was removed, and may be closed
+        if error is not None:
+            log.warning("backend check failed", backend=one.name, reason=error.reason, error=error.detail)
+
     def _possible(self, tokens: int) -> int:
         """Not more tokens than one of them takes: after a reload, a prompt may be too long for all; they report it."""
         return tokens and min(tokens, max(one.prompt_limit for one in self._all))
@@ -277,15 +285,6 @@ class Backends:
                 delay = 0.0
             if delay is not None:
                 self._timer = asyncio.get_running_loop().call_later(delay, self._admit)
-
-
-async def _check(one: Upstream) -> None:
-    error = await one.check()
-    if error is not None and error.reason == "connect_failed":
-        await asyncio.sleep(RECHECK)
-        error = await one.check()
-    if error is not None:
-        log.warning("backend check failed", backend=one.name, reason=error.reason, error=error.detail)
 
 
 async def _recheck(one: Upstream) -> None:

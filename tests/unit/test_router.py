@@ -314,6 +314,28 @@ async def test_a_backend_that_cannot_be_reached_is_checked_again_before_that_is_
     ]
 
 
+@in_virtual_time
+async def test_a_backend_that_is_removed_before_its_second_check_is_not_checked_again(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends = listed(file, removed={}, kept={})
+    checked = list[str]()
+
+    async def check(one: Upstream) -> BackendError | None:
+        checked.append(one.name)
+        return BackendError("connect_failed", kind="away")
+
+    monkeypatch.setattr(Upstream, "check", check)
+    with capture_logs() as logs:
+        checking = asyncio.create_task(backends.check())
+        await asyncio.sleep(1)
+        write(file, kept={})
+        assert await backends.reload()
+        await checking
+    assert checked == ["removed", "kept", "kept"]
+    assert [one["backend"] for one in logs] == ["kept"]
+
+
 async def test_a_file_that_has_changed_keeps_the_backends_that_have_not(file: Path) -> None:
     async with listed(file, kept={}, changed={}, removed={}) as backends:
         kept, changed, removed = backends
