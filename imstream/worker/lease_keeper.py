@@ -116,8 +116,8 @@ class LeaseKeeper:
                 log.warning("lease not released, others will wait for its end", error=str(error))
 
     async def _acquire(self) -> None:
-        """Take the lease. Wait for one whose holder may be dead; fail if it is renewed meanwhile."""
-        dead, before = "", None
+        """Take the lease. Wait for one whose holder may be dead; fail if it is renewed twice meanwhile."""
+        dead, before, renewals = "", None, 0
         while True:
             try:
                 refusal = await self._hold(dead)
@@ -128,7 +128,8 @@ class LeaseKeeper:
                 return
             holder, left = refusal.holder, refusal.remaining
             alive = is_alive(holder, self._holder.machine)
-            if alive or (before is not None and left > before):
+            renewals += before is not None and left > before
+            if alive or renewals > 1:  # one may be of a process that has died, which Redis has run late
                 raise NodeTaken(self._leases.node, holder.address, holder.pid, holder.host)
             if alive is False and dead != holder.instance:  # else Redis has another instance in the lease
                 log.info("taking over from a process that has died", process=holder.pid)

@@ -144,6 +144,19 @@ async def test_a_tenure_waits_for_the_end_of_a_lease_that_it_cannot_read(store: 
         await wait_until(lambda: keeper.held, "it is held")
 
 
+async def test_a_late_renewal_of_a_dead_process_does_not_keep_the_next_one_from_starting(store: Store) -> None:
+    own, before = leases(store), leases(store)
+    await before.acquire(ONE)
+    async with running(keeper := keeper_of(store, own)) as task:
+        await wait_until(lambda: own.asked > 1, "it waits for the lease")
+        await before.acquire(ONE)  # it was given up when the process was killed
+        asked = own.asked
+        await wait_until(lambda: own.asked > asked + 1 or task.done(), "it asks again")
+        assert not task.done()
+        store.redis.delete(store.keys.lease("0"))
+        await wait_until(lambda: keeper.held, "it is held")
+
+
 async def test_a_lease_keeper_pauses_between_tries_to_replace_a_holder_that_redis_does_not_recognise(
     store: Store,
 ) -> None:
