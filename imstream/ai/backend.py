@@ -254,7 +254,7 @@ class OpenAIBackend(EndpointClient):
                 await intake.feed_deferred()
         except BodyBroken as broken:
             try:
-                intake.feed(b"", defer=False)  # it may have lost nothing but its end
+                intake.feed(b"")  # it may have lost nothing but its end
                 await intake.feed_deferred()
             except BackendError as told:
                 if told.reason not in {"bad_stream", "broken_stream"}:

@@ -118,6 +118,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "titles": (chunked(b"<p>" + filled(b"<title>", MIB // 8)), WRONG),
     "scripts": (chunked(filled(b"<script></script  ", MIB // 8)), WRONG),
     "a number with thousands of digits": (chunked(b"<title>&#" + filled(b"1", 5000) + b";</title>"), WRONG),
+    "a document that is cut": (chunked(b"[" + filled(b"[],", 9 * MIB // 10) + b"[]]")[:-5], BROKEN),
     "a page that is too long": (chunked(filled(b"<title>", 9 * MIB)), LARGE),
     # HTTP
     "chunks of one byte": (head("Transfer-Encoding: chunked") + filled(b"1\r\n:\r\n", 3 * MIB // 2), LARGE),
@@ -229,7 +230,7 @@ async def at_once(answer: bytes, number: int = 8) -> tuple[list[Any], Cost]:
             return await asyncio.gather(*calls, return_exceptions=True), cost
 
 
-@pytest.mark.parametrize("row", ["many lists", "a document of many lists"])
+@pytest.mark.parametrize("row", ["many lists", "a document of many lists", "a document that is cut"])
 async def test_many_hostile_answers_at_once_hold_up_the_loop_no_longer_than_one(row: str) -> None:
     answer, end = HOSTILE[row]
     pauses = []
