@@ -248,7 +248,7 @@ class StreamConsumer:
         entry_id = job.entry.entry_id
         try:
             await job.run(is_stopping=self.stopping)
-            if not job.is_finished:  # it was handed back, and begins at once after a pause
+            if job.is_left:  # it begins again at once, unless it is paused or another node has taken it over
                 self.sweep_soon()
         except StoreError as error:
             # The end is recorded; the entry is still pending, and the next sweep finishes it.

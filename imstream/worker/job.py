@@ -75,6 +75,8 @@ class Job:
         self.ended = asyncio.Event()
         self.is_finished = False
         """Whether the request has ended, or belongs to another node."""
+        self.is_left = False
+        """Whether the request is left pending: stopped here, or its attempt was superseded."""
         self.calls = Calls(request, stream.node, deps)
         self._deps = deps
         self._id = stream.request_id(entry.entry_id)
@@ -126,7 +128,8 @@ class Job:
             if was_there and self._is_ours:  # it is removed once, and so counted once
                 self._account.backend = self.calls.backend
                 self._deps.request_log.write(self._account, self.request, self.reply, stream=self.stream.node)
-            self.is_finished = not (disposition == Leave() and self._stop_reason in {"drained", "paused"})
+            self.is_left = disposition == Leave()
+            self.is_finished = not (self.is_left and self._stop_reason in {"drained", "paused"})
         finally:
             self.reply.end_job(has_begun=self.was_opened)
             self.calls.release()

@@ -51,6 +51,26 @@ async def test_an_opening_that_runs_after_its_repetition_does_not_supersede_it(r
         assert len(worker.backend.calls) == 1
 
 
+async def test_an_opening_of_a_drained_node_delays_the_answer_of_the_next_one_only_a_moment(
+    redis_server: RedisServer,
+) -> None:
+    async with tcp_proxy(redis_server.port) as proxy:
+        async with run_worker(redis_server, url=proxy.url, lease=QUICK_LEASE) as draining:
+            await draining.load_scripts()
+            opening = proxy.hold(LUA["open"].digest.encode())
+            await draining.requests.admit(chat_request(USER, "m"))
+            await wait_until(lambda: opening.sprung, "its opening is on its way")
+        async with run_worker(redis_server, node="1", lease=QUICK_LEASE, sweep_interval="1h") as other:
+            call = await other.backend.call(1)
+            call.send("one ")
+            await wait_until(lambda: other.recorded_text() == "one ", "text is recorded")
+            await run_late(other.redis, opening, "evalsha")
+            call.send("two ")
+            (await other.backend.call(2)).done("answer")
+            await other.idle()
+            assert other.recorded() == ("done", "answer")
+
+
 async def test_what_an_adopter_reads_after_it_has_released_the_stream_is_answered(redis_server: RedisServer) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
