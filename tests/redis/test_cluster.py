@@ -287,7 +287,7 @@ async def test_a_cluster_is_found_while_the_first_node_of_its_address_hangs(own_
     assert first is not None
     first.signal(signal.SIGSTOP)
     for _ in range(5):  # the node that is asked first is chosen at random
-        async with RedisClient(own_cluster.admin_url, connections=2, timeout=timedelta(seconds=1)) as redis_client:
+        async with RedisClient(own_cluster.admin_url, connections=2, timeout=timedelta(seconds=SLOW)) as redis_client:
             assert await redis_client.execute("XLEN", stream) == 0
 
 

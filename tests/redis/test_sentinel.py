@@ -78,7 +78,7 @@ async def test_a_blocked_reader_follows_a_master_that_is_replaced_in_good_order(
             await wait_until(lambda: "xreadgroup" in [one["cmd"] for one in client.client_list()], "it is blocked")
         with new.client() as client:
             await wait_until(lambda: client.exists("s"), "the replica has the group")
-            sentinels.fail_over()
+            await asyncio.to_thread(sentinels.fail_over)
         with pytest.raises(StoreUnavailable):  # not GroupMissing
             await blocked
         await wait_until(lambda: _is_master(new), "the replica is the master", limit=LIMIT)

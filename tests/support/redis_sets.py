@@ -86,10 +86,23 @@ class SentinelSet:
         return next(server for server in self.servers if server is not self.master)
 
     def fail_over(self) -> None:
-        """Fail over to another server in an orderly way. On a busy machine it takes longer than `failover-timeout`."""
+        """Fail over to another server in an orderly way, and wait for it.
+
+        On a busy machine, the Sentinels give it up: it takes longer than `failover-timeout`, or the replica seems down.
+        """
+        before = self.master
         with self._sentinel() as sentinel:
-            sentinel.execute_command("SENTINEL SET", SERVICE, "failover-timeout", 20_000)  # then it is given up
-            sentinel.execute_command("SENTINEL FAILOVER", SERVICE)
+            sentinel.execute_command("SENTINEL SET", SERVICE, "failover-timeout", 20_000)
+
+            def has_failed_over() -> bool:
+                state: Any = sentinel.sentinel_master(SERVICE)
+                if state["port"] != before.port:
+                    return True
+                if "failover_in_progress" not in state["flags"]:
+                    sentinel.execute_command("SENTINEL FAILOVER", SERVICE)
+                return False
+
+            until(has_failed_over, "another server is the master")
 
     def client(self) -> redis.Redis:
         """A client that looks up the master for each connection."""
