@@ -124,6 +124,7 @@ class RedisConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._streams.connection_lost(exc)
+        self._transport = None
         self._fail(StoreUnavailable(_CLOSED_BY_REDIS) if exc is None else error_from_loss(exc))
 
     async def _open(self, packed: bytes) -> None:

@@ -17,6 +17,7 @@ from tests.support.certificates import Authority, RedisTls
 from tests.support.processes import free_port, wait_for
 from tests.support.redis_sets import Topology, cluster_set, sentinel_set
 from tests.support.servers import RedisServer, missing, redis_7_binary, start_node
+from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.support.waiting import wait_until
 
 TIMEOUT = timedelta(seconds=2)
@@ -88,6 +89,23 @@ async def test_sentinel_and_cluster_are_found_and_used_over_tls(
 ) -> None:
     with MANY[kind](tmp_path, binary=binary, tls=tls) as started:
         await works(started.url)
+
+
+@pytest.mark.parametrize("lose", [TcpProxy.drop, TcpProxy.reset], ids=["closed", "reset"])
+async def test_a_lost_connection_fails_its_commands_at_once(
+    server: RedisServer, lose: Callable[[TcpProxy], None]
+) -> None:
+    async with tcp_proxy(server.port) as proxy:
+        url = server.url.replace(f":{server.port}", f":{proxy.port}")
+        async with RedisClient(url, connections=1, timeout=timedelta(minutes=1)) as redis_client:
+            await redis_client.execute("XLEN", "im:{node:0}:requests")
+            proxy.swallow()
+            asking = asyncio.create_task(redis_client.execute("XLEN", "im:{node:0}:requests"))
+            await wait_until(lambda: proxy.swallowed > 0, "the command is on its way")
+            lose(proxy)
+            async with asyncio.timeout(5):
+                with pytest.raises(StoreUnavailable):
+                    await asking
 
 
 async def test_a_server_of_another_authority_is_refused_and_why_is_said(

@@ -5,6 +5,8 @@ loses bytes stays silent in that direction, and neither end notices.
 """
 
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -89,6 +91,12 @@ class TcpProxy:
         """Break every connection in both directions, as a lost network does."""
         for writer in self._writers:
             writer.transport.abort()
+
+    def reset(self) -> None:
+        """Break every connection with a reset, without its end."""
+        for writer in self._writers:
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.drop()
 
     def swallow(self) -> None:
         """Drop all bytes in both directions, on existing and new connections."""
