@@ -52,7 +52,7 @@ async def test_a_message_that_is_being_opened_is_never_asked(redis_server: Redis
         run_worker(redis_server, url=proxy.url, redis_timeout="3s") as worker,
     ):
         await worker.load_scripts()
-        opening = proxy.on_answer_to(LUA["open"].digest.encode(), fate=Fate.DELAY, delay=0.3)
+        opening = proxy.on_answer_to(LUA["open"].digest.encode(), fate=Fate.DELAY, delay=1.0)
         await worker.requests.admit(chat_request(USER, "m"))
         await wait_until(lambda: opening.sprung, "it is being opened")
         assert await worker.jobs.cancel(USER, "m") == "cancelled"
