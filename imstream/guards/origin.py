@@ -59,7 +59,7 @@ class Origin(Guard):
 
     def check_handshake(self, headers: Mapping[str, str]) -> Reject | None:
         origin = headers.get("origin")
-        if origin is None or origin in self._origins:
+        if origin is None or _canonical(origin) in self._origins:
             return None
         if origin == NULL and not self._authenticated and self._page_token is None:
             return _REJECTED

@@ -124,7 +124,6 @@ class RedisConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._streams.connection_lost(exc)
-        self._transport = None
         self._fail(StoreUnavailable(_CLOSED_BY_REDIS) if exc is None else error_from_loss(exc))
 
     async def _open(self, packed: bytes) -> None:
@@ -196,7 +195,8 @@ class RedisConnection(asyncio.Protocol):
         transport, self._transport = self._transport, None
         if transport is not None:
             transport.set_protocol(self._streams)  # so that this object is not called when it closes
-            if self._replies:  # commands that are given up: what has not arrived must not be delivered and run later
+            # Of commands that are given up, what has not arrived must not be delivered and run later.
+            if self._replies and not transport.is_closing():
                 transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _DISCARD)
                 transport.abort()
             transport.close()

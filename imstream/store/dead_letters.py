@@ -158,7 +158,7 @@ class DeadLetterOffice:
         """Move a letter back to the requests of its node. Repeated, it is `unknown`."""
         # A node that has left the directory is listed again, before and after: others adopt its stream. It counts as
         # seen now, as it may be about to be removed from the directory.
-        listing = ("ZADD", self._keys.nodes(), now_ms(), letter.node)
+        listing = ("ZADD", self._keys.nodes(), "GT", now_ms(), letter.node)
         await self._redis.execute(*listing)
         keys = (self._keys.requests(letter.node), self._keys.load(letter.node), self._keys.dead(letter.node))
         limits = await self._limits_of(letter.node)
