@@ -230,6 +230,7 @@ async def at_once(answer: bytes, number: int = 8) -> tuple[list[Any], Cost]:
             return await asyncio.gather(*calls, return_exceptions=True), cost
 
 
+@pytest.mark.long  # compares times: beside other processes of a busy machine it may pass the limit
 @pytest.mark.parametrize("row", ["many lists", "a document of many lists", "a document that is cut"])
 async def test_many_hostile_answers_at_once_hold_up_the_loop_no_longer_than_one(row: str) -> None:
     answer, end = HOSTILE[row]
