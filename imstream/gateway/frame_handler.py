@@ -163,10 +163,10 @@ class FrameHandler:
             await deps.presence.on_login(session, user_id)
             messages = await self._messages(user_id) if Want.ASKED in self._writer.wants else None
             self._writer.send(self._frames.welcome(verdict.remaining, deps.settings.heartbeat, messages))
+            session.socket.charge(len(frame.resume))  # each is read in Redis, and what is found is sent
             # All at once: their reads share a pipeline.
             sizes = await asyncio.gather(*(self._resume(user_id, point) for point in frame.resume))
-            if sizes:
-                session.socket.charge(len(sizes) + sum(sizes) / BYTES_PER_FRAME)  # by its results, not by its own size
+            session.socket.charge(sum(sizes) / BYTES_PER_FRAME)
 
     async def _messages(self, user_id: UserId) -> dict[str, State]:
         """The user's messages that can be resumed, with their states."""

@@ -266,6 +266,7 @@ class SocketProtocol(asyncio.Protocol):
         if self._throttle_timer is not None:
             self._throttle_timer.cancel()
             self._throttle_timer = None
+        self.charge(0)  # wait on for what was charged meanwhile
         self._read_at = self._loop.time()  # the wait was the client's own
         self._read()
 

@@ -134,9 +134,8 @@ async def test_resuming_many_messages_is_throttled_as_that_many_frames(node: One
         for n in range(4):
             await someone.send_frame(msgType="INIT", userId=USER, resume=[*resume[1:], {"messageId": f"last-{n}"}])
             await someone.until(code="EXPIRED", messageId=f"last-{n}")
-        for _ in range(2):  # the first may be read before the last INIT is charged
-            await someone.send(frame(TEXT, b"PING"))
-            await someone.until(msgType="HEARTBEAT")
+        await someone.send(frame(TEXT, b"PING"))
+        await someone.until(msgType="HEARTBEAT")
         assert time.monotonic() - began > (4 * 64 - BURST) / RATE * 0.9
 
 
