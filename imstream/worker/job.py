@@ -171,7 +171,8 @@ class Job:
             result = await writer.flush()
         except StoreError:
             return
-        if isinstance(result, Rejected) and writer is self._writer:  # else it was the attempt before
+        # Else it was the attempt before, or the end was recorded meanwhile.
+        if isinstance(result, Rejected) and writer is self._writer and self._scope is not None:
             self.log.warning("reply stream rejects this attempt", why=result.reason, attempt=self.reply.fence)
             self.stop("superseded")
 

@@ -8,8 +8,10 @@ from structlog.testing import capture_logs
 
 from imstream.errors import BackendError
 from imstream.keys import GROUP
-from imstream.model import Record
+from imstream.model import Record, Terminal
+from imstream.store.replies import Appended, Rejected
 from imstream.store.scripts import LUA
+from imstream.worker.reply_writer import ReplyWriter
 from tests.redis.conftest import chat_request
 from tests.redis.worker_harness import USER, Call, run_worker
 from tests.support.servers import RedisServer
@@ -69,6 +71,29 @@ async def test_text_goes_on_after_an_append_whose_answer_was_lost(redis_server: 
         assert worker.recorded() == ("done", "one two three")
         assert (follower.text, follower.restarts) == ("one two three", 0)
         assert len(worker.backend.calls) == 1
+
+
+async def test_a_flush_that_waited_for_the_end_reports_no_attempt_that_was_superseded(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushes = list[asyncio.Task[None]]()
+    original = ReplyWriter.end
+    with capture_logs() as logs:
+        async with run_worker(redis_server) as worker:
+
+            async def end(writer: ReplyWriter, terminal: Terminal) -> Appended | Rejected:
+                """Flush in the same turn of the event loop, as for a job that was about to be flushed."""
+                flushes.extend(asyncio.create_task(job.flush()) for job in worker.jobs)
+                return await original(writer, terminal)
+
+            monkeypatch.setattr(ReplyWriter, "end", end)
+            await worker.ask()
+            (await worker.backend.call(1)).done("one")
+            assert await worker.follow().end() == "done"
+            await worker.idle()
+            await asyncio.gather(*flushes)
+    assert len(flushes) == 1
+    assert "reply stream rejects this attempt" not in {entry["event"] for entry in logs}
 
 
 async def test_an_end_is_recorded_after_an_append_whose_answer_was_lost(redis_server: RedisServer) -> None:
