@@ -126,6 +126,8 @@ class HttpConnection(asyncio.Protocol):
         self._idle = asyncio.get_running_loop().call_later(KEEP_ALIVE, self.close)
         self._server.accepted += 1
         self._server.connections.add(self)
+        if self._server.is_closed:
+            self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -188,11 +190,13 @@ class HttpServer(Generic[C]):
     Attributes:
         accepted: Number of connections so far.
         connections: The open connections.
+        is_closed: Whether it accepts no more connections. One that was being accepted may still arrive.
     """
 
     def __init__(self, connection: type[C], answer: Callable[[C], Coroutine[Any, Any, None] | None]) -> None:
         self.accepted = 0
         self.connections: set[HttpConnection] = set()
+        self.is_closed = False
         self._connection = connection
         self._answer = answer
         self._tasks: dict[asyncio.Task[None], C] = {}
@@ -215,6 +219,7 @@ class HttpServer(Generic[C]):
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            self.is_closed = True
             for connection in self.connections:
                 connection.transport.abort()
             await server.wait_closed()

@@ -23,6 +23,7 @@ For `admitted`, `delivered`, `opened`, `ended`, `told` and `finished`, the node 
 in a cluster.
 """
 
+import asyncio
 import functools
 import os
 import signal
@@ -32,13 +33,15 @@ from typing import Any
 import click
 
 from imstream.ai.backend import OpenAIBackend
+from imstream.model import ChatRequest
 from imstream.node_process import run
 from imstream.redis.client import RedisClient
 from imstream.reply_buffer import ReplyBuffer
 from imstream.settings import Settings
 from imstream.store.accounts import Accounts
 from imstream.store.replies import ReplyStore
-from imstream.store.requests import Admitted, RequestStream
+from imstream.store.requests import Admitted, QueueFull, RequestStream
+from imstream.worker.admission import Admission
 from imstream.worker.reply_writer import ReplyWriter
 
 POISON = "[[poison]]"
@@ -76,6 +79,19 @@ def _after(owner: type, name: str, *, when: Callable[[Any], object] = lambda _: 
     setattr(owner, name, wrapped)
 
 
+def _beside_a_read() -> None:
+    """Let requests wait for the consumer's next read, beside which one may begin at once."""
+    original = Admission.admit
+
+    async def admit(self: Admission, request: ChatRequest) -> Admitted | QueueFull:
+        while self.slots is None:  # noqa: ASYNC110 - only the test needs to know
+            await asyncio.sleep(0.005)
+        return await original(self, request)
+
+    setattr(Admission, "admit", admit)  # noqa: B010 - it is set at run time
+    _after(RequestStream, "begin")
+
+
 def _in_steps(die: Callable[..., None], *where: Any, **when: Any) -> None:  # noqa: ANN401 - any arguments
     """Admit, deliver and open each request in steps of their own, as in a cluster, and so for its end."""
     setattr(RedisClient, "is_split", property(lambda _: True, lambda *_: None))  # noqa: B010 - it is set at run time
@@ -84,7 +100,7 @@ def _in_steps(die: Callable[..., None], *where: Any, **when: Any) -> None:  # no
 
 POINTS: dict[str, Callable[[], None]] = {
     "counted": lambda: _after(Accounts, "check_and_count"),
-    "begun": lambda: _after(RequestStream, "begin"),
+    "begun": _beside_a_read,
     "admitted": lambda: _in_steps(_after, RequestStream, "admit", when=lambda verdict: isinstance(verdict, Admitted)),
     "delivered": lambda: _in_steps(_after, RequestStream, "read", when=bool),
     "opened": lambda: _in_steps(_after, ReplyStore, "open"),

@@ -24,7 +24,8 @@ SERVICE = "im"
 """The Sentinels' service name of the master."""
 
 _QUICK_REPLICATION = (*REPLICATION, "--repl-diskless-sync-delay", "0", "--repl-ping-replica-period", "1")
-_QUICK_SENTINEL = ("info-period", 200, "publish-period", 100, "ask-period", 100)
+# A Sentinel that has not heard of a fail-over within 4 publish periods turns the new master back into a replica.
+_QUICK_SENTINEL = ("info-period", 200, "publish-period", 700, "ask-period", 100)
 
 
 def until(condition: Callable[[], object], description: str, limit: float = 20.0 * SLOW) -> None:
