@@ -632,7 +632,7 @@ async def test_a_message_sent_into_a_dead_socket_arrives_soon(browser: BrowserCl
 
 async def test_a_cancel_sent_into_a_dead_socket_arrives_soon(browser: BrowserClient) -> None:
     async with tcp_proxy(browser.server.port) as proxy:
-        peer = await browser.logged_in(address=f"http://127.0.0.1:{proxy.port}/", probeLimit=200)
+        peer = await browser.logged_in(address=f"http://127.0.0.1:{proxy.port}/", probeLimit=1_500)
         await browser.send("m1")
         await peer.hear_chat()
         await peer.send_frame("HEARTBEAT")
@@ -647,13 +647,13 @@ async def test_a_cancel_sent_into_a_dead_socket_arrives_soon(browser: BrowserCli
 
 @pytest.mark.parametrize("event", ["online", "pageshow", "focus", "visibilitychange"])
 async def test_a_page_that_wakes_up_checks_its_connection(browser: BrowserClient, event: str) -> None:
-    peer = await browser.logged_in(probeLimit=200)
+    peer = await browser.logged_in(probeLimit=1_500)
     await browser.state("online")
     wake = f"dispatchEvent(new Event('{event}'))"
     await browser.page.evaluate(wake)
     assert isinstance(await peer.hear_anything(), ClientHeartbeat)
     await peer.send_frame("HEARTBEAT")
-    await browser.page.until("new Promise((resolve) => setTimeout(() => resolve(client.state === 'online'), 400))")
+    await browser.page.until("new Promise((resolve) => setTimeout(() => resolve(client.state === 'online'), 2_000))")
     await browser.page.evaluate(f"{wake}; {wake}")
     assert isinstance(await peer.hear_anything(), ClientHeartbeat)
     await peer.gone()  # it was not answered in time
@@ -728,12 +728,12 @@ async def test_a_hidden_page_and_one_that_was_closed_check_nothing(browser: Brow
 
 
 async def test_a_server_that_is_busy_with_a_message_is_not_taken_for_dead(browser: BrowserClient) -> None:
-    peer = await browser.logged_in(probeLimit=200)
+    peer = await browser.logged_in(probeLimit=1_500)
     await browser.state("online")
     await browser.send("m1")
     frames = [await peer.hear_anything() for _ in range(2)]
     await peer.send_frame("HEARTBEAT")
-    await browser.page.until("new Promise((resolve) => setTimeout(() => resolve(client.state === 'online'), 400))")
+    await browser.page.until("new Promise((resolve) => setTimeout(() => resolve(client.state === 'online'), 2_000))")
     await browser.send("m2")
     await browser.page.evaluate("dispatchEvent(new Event('focus'))")
     frames.append(await peer.hear_anything())
@@ -741,12 +741,12 @@ async def test_a_server_that_is_busy_with_a_message_is_not_taken_for_dead(browse
 
 
 async def test_a_long_answer_before_that_of_the_heartbeat_is_a_sign_of_life(browser: BrowserClient) -> None:
-    peer = await browser.logged_in(probeLimit=400)
+    peer = await browser.logged_in(probeLimit=2_000)
     await browser.state("online")
     await browser.send("m1")
     await peer.hear_chat()
     for offset in range(1, 5):
-        await browser.page.evaluate("new Promise((resolve) => setTimeout(resolve, 200))")
+        await browser.page.evaluate("new Promise((resolve) => setTimeout(resolve, 600))")
         await peer.send_chat("m1", "delta", attempt=1, offset=offset, contents="x")
     await browser.status("m1", "answering", "xxxx")
     await peer.send_frame("HEARTBEAT")
