@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.journeys.page_steps import PAGE_USER
 from tests.journeys.page_support import Page, open_page, running_chromium
 from tests.support.many_nodes import ManyNodes, standing_nodes
 from tests.support.one_node import OneNode
+from tests.support.peer import peer
 from tests.support.processes import free_port
 from tests.support.redis_sets import Topology, cluster_set, flush, sentinel_set
 from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node, valkey_binary
 from tests.support.stage import fresh_redis
+from tests.support.users import user_id
 
 TOPOLOGIES: dict[str, Callable[[Path], AbstractContextManager[Topology]]] = {
     "server": fresh_redis,
@@ -75,13 +78,26 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
 
 
 @pytest.fixture(scope="module")
-def page_node(
+def standing_page_node(
     valkey: RedisServer, demo: DemoBackend, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[NodeProcess]:
     """A node in its own process, whose page the tests of a module use."""
     started = start_node(tmp_path_factory.mktemp("node"), redis_url=valkey.url, ai_url=demo.url)
     with started.process:
         yield started
+
+
+@pytest.fixture
+async def page_node(standing_page_node: NodeProcess) -> AsyncIterator[NodeProcess]:
+    """The same. At the end, no answer is left that the page of the next test, whose user is the same, would show."""
+    yield standing_page_node
+    user = user_id(PAGE_USER)
+    async with peer(standing_page_node.ws(user)) as someone:
+        await someone.send_frame("INIT", userId=user, wants=["asked"])
+        for message in (await someone.until(msgType="INIT"))["messages"]:
+            if message["state"] not in {"done", "failed", "cancelled"}:
+                await someone.send_frame("CANCEL", messageId=message["messageId"])
+                await someone.end_of(message["messageId"])
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from tests.support.servers import NodeProcess
 from tests.support.users import user_id
 from tests.support.waiting import wait_until
 
+PAGE_USER = 10001
+"""The user of most tests of the page."""
 SLOW = "[[demo pace=30ms]]"
 ENDLESS = "[[demo length=5000 pace=20ms]]"
 LAST = "[...document.querySelectorAll('article')].at(-1)"
@@ -18,7 +20,7 @@ AXE = Path(__file__).parents[1] / "npm" / "node_modules" / "axe-core" / "axe.min
 """Installed by `npm ci --prefix tests/npm --ignore-scripts`."""
 
 
-async def log_in(page: Page, node: NodeProcess, user: int = 10001) -> None:
+async def log_in(page: Page, node: NodeProcess, user: int = PAGE_USER) -> None:
     await page.visit(f"{node.http}/")
     await page.fill("#user", str(user_id(user)))
     await page.press("Enter")

@@ -111,8 +111,12 @@ async def test_finds_each_violation(scenario: str, right: str, wrong: str, tmp_p
 async def test_reports_the_expectation_the_steps_before_and_the_section_to_read(tmp_path: Path) -> None:
     client = tmp_path / "client.py"
     client.write_text(SMALL.replace('frame["retryAfterMs"] / 1000', "0.05"))
-    _, table = await conform([sys.executable, DRIVER, client], "busy", limit=20 * SLOW)
-    assert re.search(r"CHAT again after 0\.\d\d s, expected 0\.3 s", table)
+    for _ in range(5):  # beside busy processes, it may send no earlier than it should
+        _, table = await conform([sys.executable, DRIVER, client], "busy", limit=20 * SLOW)
+        if re.search(r"CHAT again after 0\.\d\d s, expected 0\.3 s", table):
+            break
+    else:
+        pytest.fail(table)
     happened = re.findall(r"^ +(step|client|server) .*?(send|CHAT|BUSY)", table, re.MULTILINE)
     assert happened[-4:] == [("step", "send"), ("client", "CHAT"), ("server", "BUSY"), ("client", "CHAT")]
     assert "see ops/docs/protocol.md#codes\n" in table
