@@ -313,7 +313,8 @@ async def test_a_connection_that_takes_too_long_is_given_up() -> None:
     ],
 )
 async def test_silence_before_the_first_token_has_a_limit(script: Script) -> None:
-    async with asking(script, ai_connect_timeout="1s", **dict.fromkeys(FIRST_TOKEN, "1.1s")) as asked:
+    limits: dict[str, Any] = dict.fromkeys(FIRST_TOKEN, "1.1s")
+    async with asking(script, ai_connect_timeout="1s", **limits) as asked:
         error = await failure_of(asked)
         assert error.kind in {"away", "broken"}
         assert (error.reason, cause(error)) == ("first_token_timeout", "after 1.1 s")
