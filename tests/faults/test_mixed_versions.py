@@ -44,7 +44,11 @@ def assert_no_error_is_logged(nodes: ManyNodes) -> None:
     """No node has logged a traceback or an error."""
     nodes.check_logs()
     for node in nodes.nodes.values():
-        lines = [json.loads(line) for line in node.now.process.output().splitlines() if line.startswith("{")]
+        lines = [
+            json.loads(line)
+            for line in node.now.process.output().splitlines()
+            if line.startswith("{") and line.endswith("}")
+        ]
         assert [line for line in lines if line["level"] == "error"] == []
 
 

@@ -1,5 +1,6 @@
 """SIGTERM: no request is started, running ones may end, clients are informed, the rest is left for the next start."""
 
+import asyncio
 import json
 import signal
 import time
@@ -11,15 +12,14 @@ from typing import Any
 import pytest
 from websockets.exceptions import InvalidStatus
 
-from imstream.demo.answer import canned_answer
 from imstream.texts import Text
-from tests.support.backend_scripts import by_question
+from tests.support.backend_scripts import by_question, goes_on_until
 from tests.support.one_node import one_node
 from tests.support.peer import Told, peer
 from tests.support.processes import http_status
 from tests.support.raw_socket import raw_user
 from tests.support.scripted_backend import chunk, event, hangs, scripted_backend, streams
-from tests.support.servers import DemoBackend, RedisServer
+from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
 USER, OTHER = 10001, 10002
@@ -32,11 +32,14 @@ def _why_not_ready(url: str) -> str:
         return str(json.load(answer)["why"])
 
 
-async def test_running_answers_end_and_idle_sockets_are_told_at_once(
-    redis_server: RedisServer, demo: DemoBackend, tmp_path: Path
-) -> None:
-    question, waiting = "a long story [[demo length=300 pace=5ms]]", "the next one"
-    async with one_node(tmp_path, redis_server, demo.url, concurrency=1, drain_grace="20s") as node:
+async def test_running_answers_end_and_idle_sockets_are_told_at_once(redis_server: RedisServer, tmp_path: Path) -> None:
+    question, waiting = "a long story", "the next one"
+    finished, sent = asyncio.Event(), dict[str, str]()
+    scripts = {question: [goes_on_until(finished, sent, pace=0.01)]}
+    async with (
+        scripted_backend(always=by_question(scripts, otherwise=streams("And ", "so on"))) as backend,
+        one_node(tmp_path, redis_server, backend.url, concurrency=1, drain_grace="20s") as node,
+    ):
         async with node.peer(USER, lang="en") as busy, node.peer(OTHER, lang="en") as idle:
             await busy.chat(USER, question, "m1")
             await busy.some_text("m1")
@@ -46,8 +49,8 @@ async def test_running_answers_end_and_idle_sockets_are_told_at_once(
             assert await idle.closed() == 1012
             assert idle.frames[-1]["contents"] == Text.DRAINING.en
             assert busy.told["m1"].terminal is None
-            assert _why_not_ready(node.now.http) == "draining"
-            assert http_status(f"{node.now.http}/healthz") == 200
+            assert await asyncio.to_thread(_why_not_ready, node.now.http) == "draining"
+            assert await asyncio.to_thread(http_status, f"{node.now.http}/healthz") == 200
             with pytest.raises(InvalidStatus, match="503"):  # for load balancers
                 async with peer(node.now.ws(OTHER)):
                     pass
@@ -55,7 +58,8 @@ async def test_running_answers_end_and_idle_sockets_are_told_at_once(
             assert (refused["code"], refused["contents"]) == ("UNAVAILABLE", Text.DRAINING.en)
             assert refused["retryAfterMs"] > 0
 
-            assert (await busy.end_of("m1")).text == "".join(canned_answer(question))
+            finished.set()
+            assert (await busy.end_of("m1")).text == sent[question]
             assert await busy.closed() == 1012
             assert busy.told["m2"].events == ["accepted"]
         assert await node.died() == 0
@@ -64,7 +68,7 @@ async def test_running_answers_end_and_idle_sockets_are_told_at_once(
 
         await node.start()
         async with node.peer(USER, resume={"m2": busy.told["m2"]}) as someone:
-            assert (await someone.end_of("m2")).text == "".join(canned_answer(waiting))
+            assert (await someone.end_of("m2")).text == "And so on"
         await node.settled()
 
 

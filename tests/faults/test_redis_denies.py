@@ -49,7 +49,11 @@ def allow(client: redis.Redis, *rules: str) -> None:
 
 def denials(node: OneNode) -> list[str]:
     """Return the denied commands in the log of the node."""
-    lines = [json.loads(line) for line in node.now.process.output().splitlines() if line.startswith("{")]
+    lines = [
+        json.loads(line)
+        for line in node.now.process.output().splitlines()
+        if line.startswith("{") and line.endswith("}")
+    ]
     return [line["error"] for line in lines if line["event"] == "redis denies access"]
 
 

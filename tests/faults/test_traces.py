@@ -1,7 +1,6 @@
 """Traces: one trace id from the client to the backend, over two nodes; its spans; and faults of a collector."""
 
 import asyncio
-import json
 import re
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
@@ -53,8 +52,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 def lines(node: OneNode, **fields: object) -> list[dict[str, Any]]:
     """The log lines of a node that have these fields."""
-    every = [json.loads(line) for line in node.now.process.output().splitlines() if line.startswith("{")]
-    return [line for line in every if fields.items() <= line.items()]
+    return node.logged(None, **fields)
 
 
 def sent_traces(backend: ScriptedBackend) -> list[str]:

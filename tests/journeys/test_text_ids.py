@@ -63,7 +63,11 @@ async def test_keys_and_logs_use_the_user_of_the_token(node: OneNode) -> None:
             assert await mallory.closed() == 4500
 
     def logged(event: str) -> list[Any]:
-        lines = [json.loads(line) for line in node.now.process.output().splitlines() if line.startswith("{")]
+        lines = [
+            json.loads(line)
+            for line in node.now.process.output().splitlines()
+            if line.startswith("{") and line.endswith("}")
+        ]
         return [line["user"] for line in lines if line["event"] == event]
 
     await wait_until(lambda: len(logged("session closed")) == 2 * len(IDS), "every session is logged")

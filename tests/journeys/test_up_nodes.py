@@ -36,8 +36,7 @@ async def test_three_nodes_and_a_balancer_from_one_command(program: Program, tmp
         assert sorted(children) == sorted(["redis", "demo-ai", "node", "node 1", "node 2", program])
         balancer = Balancer(program, port, imstream.running)
         assert http_status(f"{balancer.http}/") == 200
-        homes = await balancer.nodes_of(USERS)
-        assert set(homes.values()) == {"0", "1", "2"}
+        homes = await balancer.homes_of(USERS, ("0", "1", "2"))
 
         # A killed node is restarted; the other parts keep running.
         children["node 1"].kill()
@@ -48,7 +47,7 @@ async def test_three_nodes_and_a_balancer_from_one_command(program: Program, tmp
 
         # The stop below closes the sockets of nodes without answers at once: the client has to be where its answer is.
         async def are_at_home() -> bool:
-            return await balancer.nodes_of(USERS) == homes
+            return await balancer.nodes_now(USERS) == homes
 
         await wait_until(are_at_home, "the balancer to use node 1 again", limit=30)
 
@@ -62,7 +61,7 @@ async def test_three_nodes_and_a_balancer_from_one_command(program: Program, tmp
             back = f"{program} is back"
             await wait_until(lambda: back in imstream.running.output(), f"{program} to be back", limit=30)
             await wait_until(
-                lambda: sum(isinstance(one, Connected) for one in changes) == 2, "the client too", limit=30
+                lambda: sum(isinstance(one, Connected) for one in changes) >= 2, "the client too", limit=30
             )
             children = imstream.children()
             imstream.running.signal(signal.SIGINT)

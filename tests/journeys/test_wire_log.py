@@ -103,7 +103,11 @@ async def test_refused_clients_cannot_fill_the_log_nor_send_it_control_character
     assert refused == 150
 
     def written() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in node.now.process.output()[before:].splitlines() if line.startswith("{")]
+        return [
+            json.loads(line)
+            for line in node.now.process.output()[before:].splitlines()
+            if line.startswith("{") and line.endswith("}")
+        ]
 
     def accounted() -> bool:
         counts = [line["count"] for line in written() if line["event"] == "log lines dropped"]

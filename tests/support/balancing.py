@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from websockets.asyncio.client import connect
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 from imstream.cli.balancer import Program, find_program
 from tests.support.processes import PYTHON, Running, http_status, start, wait_for
 from tests.support.servers import missing
 from tests.support.users import query, user_id
+from tests.support.waiting import wait_until
 
 PROGRAMS: tuple[Program, ...] = ("nginx", "haproxy")
 
@@ -61,6 +62,29 @@ class Balancer:
                 return user, await self.node_of(user)
 
         return dict(await asyncio.gather(*(one(user) for user in users)))
+
+    async def nodes_now(self, users: Iterable[int]) -> dict[int, str]:
+        """`nodes_of` for a wait: empty while a handshake fails, as before the start or while no node is up."""
+        try:
+            return await self.nodes_of(users)
+        except (OSError, InvalidHandshake, ConnectionClosed):
+            return {}
+
+    async def homes_of(self, users: Sequence[int], nodes: Iterable[str] = ()) -> dict[int, str]:
+        """The node of each user when all nodes are up and none is skipped; `nodes` are those that must have users.
+
+        A node that misses two checks or answers one handshake late, as happens on a busy machine, is passed over for a
+        moment. So users are looked up until two rounds in a row agree, the second of them with all nodes.
+        """
+        homes: dict[int, str] = {}
+
+        async def all_are_at_home() -> bool:
+            nonlocal homes
+            before, homes = homes, await self.nodes_now(users)
+            return bool(homes) and homes == before and {*nodes} <= set(homes.values())
+
+        await wait_until(all_are_at_home, "users come to all nodes, and to the same ones again", limit=60)
+        return homes
 
     async def refuses(self, user: int) -> bool:
         """Whether handshakes are answered with 503."""

@@ -213,7 +213,8 @@ class OneNode:
     def logged(self, event: str | None = None, **fields: object) -> list[dict[str, Any]]:
         """The log lines of this process with an event and these fields."""
         wanted = fields if event is None else {"event": event, **fields}
-        lines = [json.loads(line) for line in self.now.process.output().splitlines() if line.startswith("{")]
+        printed = self.now.process.output().splitlines()  # the last line may be incomplete
+        lines = [json.loads(line) for line in printed if line.startswith("{") and line.endswith("}")]
         return [line for line in lines if wanted.items() <= line.items()]
 
     def check_log(self) -> None:
