@@ -134,7 +134,7 @@ async def test_a_request_that_was_handed_back_in_good_order_has_not_died(redis_s
 
 async def test_every_pending_request_has_its_deaths_counted(redis_server: RedisServer) -> None:
     many = 1_010
-    async with run_worker(redis_server, start=False, max_deliveries=3, queue_limit=many) as worker:
+    async with run_worker(redis_server, start=False, max_deliveries=3, queue_limit=many, redis_timeout="10s") as worker:
         await worker.requests.ensure_group()
         entry_ids = await asyncio.gather(*(worker.ask(f"m{n}", user=USER + n) for n in range(many)))
         leave_pending(worker, 3, *entry_ids)

@@ -115,11 +115,12 @@ async def test_while_the_backend_fails_again_and_again_new_work_is_begun_one_at_
 ) -> None:
     # A read is blocked when the breaker opens, and returns one of the four below during the pause.
     async with run_worker(
-        redis_server, retry_window="100ms", ai_breaker_failures=3, ai_breaker_pause="2s", read_block="3s"
+        redis_server, retry_window="100ms", ai_breaker_failures=3, ai_breaker_pause="4s", read_block="5s"
     ) as worker:
         for n in range(3):
             await worker.ask(f"bad-{n}")
         await worker.backend.call(3)
+        await worker.reads()
         tripped_at = asyncio.get_running_loop().time()
         for call in worker.backend.calls:
             call.fail(overloaded())
@@ -130,7 +131,7 @@ async def test_while_the_backend_fails_again_and_again_new_work_is_begun_one_at_
         )
         probe = await worker.backend.call(4)
         assert worker.pending() == {first: 1}
-        assert probe.at - tripped_at >= 2
+        assert probe.at - tripped_at >= 4
         assert len(worker.jobs) == 1
         assert worker.consumer.reached_redis_within(1)  # it waits, and is ready
         probe.done("x")

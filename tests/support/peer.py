@@ -201,7 +201,7 @@ async def peer(  # noqa: PLR0913 - one is required, the others are options
     headers: Mapping[str, str] | None = None,
     subprotocols: Sequence[str] | None = None,
 ) -> AsyncIterator[Peer]:
-    """Connect; with a user, log in, once the node is ready: on a busy machine it may lose a short lease.
+    """Connect once the node has its lease, which it may lose on a busy machine if it is short. With a user, log in, too.
 
     Args:
         url: The node's WebSocket URL.
@@ -239,7 +239,8 @@ async def _connect(
                     proxy=None,
                 )
             except InvalidStatus as refused:
-                if not until_ready or refused.response.status_code != 503:
+                is_ready = b"the lease is not held" not in (refused.response.body or b"")
+                if is_ready and not (until_ready and refused.response.status_code == 503):
                     raise
             await asyncio.sleep(0.1)  # retry
 

@@ -294,7 +294,7 @@ async def test_so_is_a_key_set_with_keys_of_another_kind_only() -> None:
 
 async def test_keys_whose_issuer_has_not_confirmed_them_for_too_long_are_not_used() -> None:
     with capture_logs() as logs:
-        async with issuer(OLD_JWK) as one, following(one, min_interval=0.02, max_age=0.6) as keys:
+        async with issuer(OLD_JWK) as one, following(one, min_interval=0.02, max_age=2.0) as keys:
             before = one.fetched
             await wait_until(lambda: one.fetched > before + 1, "it is fetched more often than keys expire")
             one.keys = "<html>"
