@@ -201,7 +201,7 @@ async def peer(  # noqa: PLR0913 - one is required, the others are options
     headers: Mapping[str, str] | None = None,
     subprotocols: Sequence[str] | None = None,
 ) -> AsyncIterator[Peer]:
-    """Connect once the node has its lease, which it may lose on a busy machine if it is short. With a user, log in, too.
+    """Connect, once the node is ready: on a busy machine it may lose a short lease, or Redis. With a user, log in, too.
 
     Args:
         url: The node's WebSocket URL.
@@ -213,7 +213,7 @@ async def peer(  # noqa: PLR0913 - one is required, the others are options
         subprotocols: The offered subprotocols.
     """
     all_headers = {**({} if lang is None else {"Accept-Language": lang}), **(headers or {})}
-    connection = await _connect(url, all_headers, subprotocols, until_ready=user is not None)
+    connection = await _connect(url, all_headers, subprotocols)
     try:
         someone = Peer(connection)
         if user is not None:
@@ -223,9 +223,7 @@ async def peer(  # noqa: PLR0913 - one is required, the others are options
         await _close(connection)
 
 
-async def _connect(
-    url: str, headers: Mapping[str, str], subprotocols: Sequence[str] | None, *, until_ready: bool
-) -> ClientConnection:
+async def _connect(url: str, headers: Mapping[str, str], subprotocols: Sequence[str] | None) -> ClientConnection:
     async with asyncio.timeout(LIMIT):
         while True:
             try:
@@ -239,8 +237,7 @@ async def _connect(
                     proxy=None,
                 )
             except InvalidStatus as refused:
-                is_ready = b"the lease is not held" not in (refused.response.body or b"")
-                if is_ready and not (until_ready and refused.response.status_code == 503):
+                if refused.response.status_code != 503 or b"draining" in (refused.response.body or b""):
                     raise
             await asyncio.sleep(0.1)  # retry
 
