@@ -125,7 +125,9 @@ async def test_what_cannot_be_answered_says_so_to_a_person(node: NodeProcess) ->
         assert (await reply.result()).outcome is Outcome.FAILED
 
 
-async def test_too_many_messages_are_refused_and_can_be_sent_again_later(node: NodeProcess) -> None:
+async def test_too_many_messages_are_refused_and_can_be_sent_again_later(
+    node: NodeProcess, redis_server: RedisServer
+) -> None:
     async with Client(node.ws(), USER, lang="en") as client:
         running = [await client.send("[[demo first=10s]] wait") for _ in range(2)]
         for reply in running:
@@ -141,6 +143,8 @@ async def test_too_many_messages_are_refused_and_can_be_sent_again_later(node: N
                 await (await other.send("the node is full")).accepted()
             await third.cancel()
         await running[0].cancel()
+        with redis_server.client() as redis:
+            await wait_until(lambda: redis.xlen(Keys().requests("0")) == 1, "the cancelled ones are removed")
         again = await client.send("one too many", message_id="m3")
         assert "> one too many" in await again.text()
         await running[1].cancel()

@@ -55,10 +55,11 @@ async def test_a_message_is_followed_while_it_runs_over_the_death_of_its_node_to
     async with nodes["a"].peer(USER) as someone:
         await someone.chat(USER, asked, "m")
         await someone.some_text("m")
-        await wait_until(lambda: len(nodes.any.record(USER, "m")) > 1, "text is recorded")
+        await wait_until(lambda: nodes.any.record(USER, "m")[-1]["event"] == "text", "text is recorded")
         running = await explained(nodes.server, "m")
         assert (running["state"], running["now"]) == ("running", "it is answered on node a")
-        assert events(running) == ["asked", "opened", "text"]
+        # Queued for a moment, if its worker is slow to open it.
+        assert [event for event in events(running) if event != "queued"] == ["asked", "opened", "text"]
         assert "the text of the last moments: it is recorded in batches" in running["unknown"]
         await nodes.killed("a")
     assert await nodes.opened(USER, "m", 2) == ["a", "b"]
@@ -66,7 +67,8 @@ async def test_a_message_is_followed_while_it_runs_over_the_death_of_its_node_to
         await someone.end_of("m")
     ended = await explained(nodes.server, "m")
     assert (ended["state"], ended["now"]) == ("done", "it has ended: done")
-    assert events(ended) == ["asked", "opened", "text", "opened", "text", "done"]
+    told = [event for event in events(ended) if event != "queued"]
+    assert told == ["asked", "opened", "text", "opened", "text", "done"]
     first, second = (one for one in ended["events"] if one["event"] == "opened")
     assert [(one["attempt"], one["about"]["by"]) for one in (first, second)] == [(1, "a"), (2, "b")]
     assert ended["request"].startswith("a/")
@@ -79,7 +81,7 @@ async def test_a_message_is_followed_while_it_runs_over_the_death_of_its_node_to
     names = {"10001": str(USER), "m-1": "m", "node:0": "node:a", "1795600000000-0": ended["request"].partition("/")[2]}
     [reply, kept, request, pending, letters, listed] = redis_cli("One message", nodes.server, names).values()
     told = [to_dict(flat)["event"] for _, flat in reply]
-    assert [event for event in told if event != "text"] == ["opened", "opened", "done"]
+    assert [event for event in told if event not in {"queued", "text"}] == ["opened", "opened", "done"]
     assert kept > 0
     assert (request, pending, letters, listed[0]) == ([], [], [], "m")
     text = (await ask(nodes.server, "m")).output

@@ -102,6 +102,7 @@ async def test_another_socket_receives_the_question_before_the_answer_if_it_requ
 async def test_the_question_of_a_message_that_waits_is_sent_at_once(node: OneNode) -> None:
     async with node.peer(USER) as asking, device(node, "asked") as (other, _), device(node) as (plain, _):
         await asking.chat(USER, f"first {LONG}", "blocks")
+        await asking.some_text("blocks")  # cancelled before it begins, it would not be told to the plain one
         await asking.chat(USER, f"second {BRIEF}", "later-on")
         asked = await other.until(event="asked", messageId="later-on")
         assert asked["contents"] == f"second {BRIEF}"

@@ -134,7 +134,7 @@ async def test_what_has_expired_or_never_was_is_told_as_expired(lang: str, node:
     }[lang]
     message_id = f"old-{lang}"
     await _ask(node, message_id)
-    await wait_until(lambda: node.clients() == 0 and node.unfinished() == 0, "it is over")
+    await wait_until(lambda: node.sessions() == 0 and node.unfinished() == 0, "it is over")
     [key] = [key for key in node.events() if key.endswith(message_id)]
     assert 0 < node.redis.pttl(key) <= 15 * 60 * 1000
     node.redis.pexpire(key, 1)  # as Redis does after 15 minutes
@@ -181,7 +181,8 @@ async def test_every_socket_of_a_user_follows_what_the_user_asks_from_then_on(no
     async with node.peer(USER) as left, node.peer(USER) as right, node.peer(OTHER) as stranger:
         await left.chat(USER, f"left {SLOW}", "left")
         await right.chat(USER, f"right {SLOW}", "right")
-        await left.some_text("left")
+        for message_id in ("left", "right"):  # both have begun
+            await left.some_text(message_id)
         async with node.peer(USER) as late:
             for message_id in ("left", "right"):
                 whole = "".join(canned_answer(f"{message_id} {SLOW}"))

@@ -123,7 +123,8 @@ def frames(someone: Peer, message_id: str, name: str) -> list[Frame]:
 
 
 def states(someone: Peer, message_id: str) -> list[str]:
-    return [one["state"] for one in frames(someone, message_id, "status")]
+    """The states since the message was opened: before that, it is queued for a moment if its worker is slow."""
+    return [one["state"] for one in frames(someone, message_id, "status") if one["state"] != "queued"]
 
 
 def thoughts(found: list[Frame]) -> str:
