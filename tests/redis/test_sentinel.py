@@ -84,7 +84,7 @@ async def test_a_blocked_reader_follows_a_master_that_is_replaced_in_good_order(
         await wait_until(lambda: _is_master(new), "the replica is the master", limit=LIMIT)
         await wait_until(lambda: _is_done(redis_client, "XADD", "s", "*", "n", 1), "commands reach it", limit=LIMIT)
         with new.client() as client:
-            assert client.xlen("s") == 1
+            assert client.xlen("s") >= 1  # one more for each whose answer came too late
         assert await _answer(reader, *READ)
     await reader.aclose()
 
