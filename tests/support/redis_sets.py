@@ -49,6 +49,7 @@ class SentinelSet:
 
     Attributes:
         servers: All servers; the master changes.
+        down_after: Milliseconds of silence after which a server counts as down. A busy machine is silent for a second.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class SentinelSet:
     sentinel_ports: list[int]
     sentinels: list[Running]
     tls: RedisTls | None = None
+    down_after: int = 500
 
     def _sentinel(self, port: int | None = None) -> redis.Redis:
         """A client of a Sentinel, by default of the first one."""
@@ -142,7 +144,7 @@ class SentinelSet:
         config.write_text(
             "".join(f"{name} {value}\n" for name, value in listens.items()) + f"bind 127.0.0.1\ndir {folder}\n"
             f"sentinel monitor {SERVICE} 127.0.0.1 {self.servers[0].port} 2\n"
-            f"sentinel down-after-milliseconds {SERVICE} 500\n"
+            f"sentinel down-after-milliseconds {SERVICE} {self.down_after}\n"
             f"sentinel failover-timeout {SERVICE} 1500\n"
             f"sentinel auth-user {SERVICE} sentinel\nsentinel auth-pass {SERVICE} sentinel-secret\n"
             f"sentinel sentinel-user sentinel\nsentinel sentinel-pass sentinel-secret\n{users('sentinel-users.acl')}"
@@ -318,15 +320,20 @@ def _bus(server: RedisServer) -> str:
 
 @contextmanager
 def sentinel_set(
-    folder: Path, *options: str, replicas: int = 1, binary: str | None = None, tls: RedisTls | None = None
+    folder: Path,
+    *options: str,
+    replicas: int = 1,
+    binary: str | None = None,
+    tls: RedisTls | None = None,
+    down_after: int = 500,
 ) -> Iterator[SentinelSet]:
-    """Start a master with Sentinels. `options` are those of the servers."""
+    """Start a master with Sentinels. `options` are those of the servers. `down_after`: see `SentinelSet`."""
     binary, quick = binary or valkey_binary(), (*_QUICK_REPLICATION, *options)
     servers = [RedisServer(binary, free_port(), folder / "master", quick, tls=tls)]
     for number in range(replicas):
         follow = (*quick, "--replicaof", f"127.0.0.1 {servers[0].port}")
         servers.append(RedisServer(binary, free_port(), folder / f"replica-{number}", follow, tls=tls))
-    made = SentinelSet(folder, servers, [free_port() for _ in range(3)], [], tls)
+    made = SentinelSet(folder, servers, [free_port() for _ in range(3)], [], tls, down_after)
     try:
         made.start()
         yield made
