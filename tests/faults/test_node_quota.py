@@ -1,6 +1,5 @@
 """A node dies between counting a message and its end; Redis is down during a login."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from websockets.exceptions import ConnectionClosed
 
 from imstream.keys import Keys
 from imstream.texts import Text
+from tests.support.noon import NOON, today
 from tests.support.one_node import OneNode, one_node
 from tests.support.peer import Frame, Peer, peer
 from tests.support.scripted_backend import refuses, scripted_backend, streams
@@ -16,11 +16,12 @@ from tests.support.stage import fresh_redis
 from tests.support.waiting import wait_until
 
 USER = 10001
+QUOTA: dict[str, Any] = {"daily_quota": 1, "quota_timezone": NOON}
 
 
 def counted(node: OneNode) -> list[str]:
     """The ids of the messages counted today."""
-    found: Any = node.redis.zrange(Keys().quota(USER, f"{datetime.now(UTC):%Y-%m-%d}"), 0, -1)
+    found: Any = node.redis.zrange(Keys().quota(USER, today()), 0, -1)
     return list(found)
 
 
@@ -50,7 +51,7 @@ async def test_a_message_that_was_counted_by_a_node_that_then_died_passes_again_
 ) -> None:
     async with (
         scripted_backend(always=streams("hello")) as backend,
-        one_node(tmp_path, redis_server, backend.url, crash_at="counted", daily_quota=1) as node,
+        one_node(tmp_path, redis_server, backend.url, crash_at="counted", **QUOTA) as node,
     ):
         await asks_until_it_dies(node, "m1")
         assert (counted(node), node.unfinished()) == (["m1"], 0)
@@ -69,7 +70,7 @@ async def test_a_failed_message_is_given_back_also_when_its_node_dies_before_tha
 ) -> None:
     async with (
         scripted_backend(always=refuses(400)) as backend,
-        one_node(tmp_path, redis_server, backend.url, crash_at="giving-back", daily_quota=1) as node,
+        one_node(tmp_path, redis_server, backend.url, crash_at="giving-back", **QUOTA) as node,
     ):
         await asks_until_it_dies(node, "m1")
         assert (counted(node), node.recorded(USER, "m1")[0]) == (["m1"], "failed")

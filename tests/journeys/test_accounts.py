@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from imstream.guards.account import BANNED, QUOTA_EXHAUSTED
 from imstream.keys import Keys
 from imstream.user_ids import UserId
 from tests.support.many_nodes import ManyNodes, standing_nodes
+from tests.support.noon import NOON, today
 from tests.support.peer import Frame, Peer, peer
 from tests.support.servers import DemoBackend
 from tests.support.strict_node import NO, RUDE, RUDE_AT_SECOND_SIGHT
@@ -27,13 +28,15 @@ DOCUMENT = Path(__file__).parents[2] / "ops" / "docs" / "operating.md"
 AT_ONCE = "hello [[demo first=0s pace=0s]]"
 SLOWLY = "hello [[demo first=0s pace=20ms length=100]]"
 QUOTA = 40
+ZONE = re.escape(f"({NOON})")
 
 
 @pytest.fixture(scope="module")
 def standing_pair(tmp_path_factory: pytest.TempPathFactory, demo: DemoBackend) -> Iterator[ManyNodes]:
     """Two nodes with a quota and two AI calls per message. The first one has the guard of `strict_node`."""
     folder = tmp_path_factory.mktemp("accounts")
-    limits: dict[str, Any] = {"daily_quota": QUOTA, "max_attempts": 2, "chats_per_minute": 0, "frame_rate": 0}
+    limits: dict[str, Any] = {"max_attempts": 2, "chats_per_minute": 0, "frame_rate": 0}
+    limits |= {"daily_quota": QUOTA, "quota_timezone": NOON}
     with standing_nodes(folder, demo.url, "0", "1", **limits) as nodes:
         nodes["0"].now.process.terminate()
         nodes["0"].start_now(command=("-m", "tests.support.strict_node"))
@@ -56,7 +59,8 @@ async def nodes(standing_pair: ManyNodes) -> AsyncIterator[ManyNodes]:
 async def command(nodes: ManyNodes, *words: str) -> str:
     """Run `imstream user …` and return its output."""
     words = ("user", *words, "--redis", nodes.server.url)
-    result = await asyncio.to_thread(CliRunner().invoke, main, words, env={"IMSTREAM_DAILY_QUOTA": str(QUOTA)})
+    env = {"IMSTREAM_DAILY_QUOTA": str(QUOTA), "IMSTREAM_QUOTA_TIMEZONE": NOON}
+    result = await asyncio.to_thread(CliRunner().invoke, main, words, env=env)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -79,7 +83,7 @@ async def login_is_refused(nodes: ManyNodes, user: UserId, *, lang: str, sentenc
 
 def used(nodes: ManyNodes, user: UserId = USER) -> int:
     """The number of messages counted today."""
-    return int(nodes.redis.zcard(Keys().quota(user, f"{datetime.now(UTC):%Y-%m-%d}")))
+    return int(nodes.redis.zcard(Keys().quota(user, today())))
 
 
 # Bans and locks
@@ -121,8 +125,8 @@ async def test_a_ban_by_command_closes_all_sessions_of_the_user_on_all_nodes_and
 
 async def test_a_lock_by_command_says_until_when_and_ends_by_itself(nodes: ManyNodes) -> None:
     async with nodes["1"].peer(USER, lang="en") as someone:
-        assert re.match(rf"user {USER} is locked until \S+ \S+ \(UTC\)\n", await command(nodes, "lock", str(USER)))
-        sentence = r"This account is locked until \d{4}-\d\d-\d\d \d\d:\d\d \(UTC\)!"
+        assert re.match(rf"user {USER} is locked until \S+ \S+ {ZONE}\n", await command(nodes, "lock", str(USER)))
+        sentence = rf"This account is locked until \d{{4}}-\d\d-\d\d \d\d:\d\d {ZONE}!"
         await is_closed(someone, sentence)
         assert 3_500_000 < someone.frames[-1]["retryAfterMs"] <= 3_600_000
         await login_is_refused(nodes, USER, lang="en", sentence=sentence)
@@ -262,7 +266,7 @@ async def test_an_operator_sees_what_was_asked_today_and_may_give_it_back(nodes:
             await someone.end_of(message_id)
         shown = await command(nodes, "quota", str(USER))
         assert f"user {USER}: 3 of {QUOTA} used" in shown
-        assert re.search(r"^  \d{4}-\d\d-\d\d \d\d:\d\d \(UTC\)  m3$", shown, re.MULTILINE)
+        assert re.search(rf"^  \d{{4}}-\d\d-\d\d \d\d:\d\d {ZONE}  m3$", shown, re.MULTILINE)
         given_back = await command(nodes, "quota", str(USER), "--give-back", "m2")
         assert "message m2 is given back" in given_back
         assert f"2 of {QUOTA} used" in given_back

@@ -10,6 +10,7 @@ import pytest
 from imstream.keys import Keys
 from tests.journeys.test_secrets import allow
 from tests.support.backend_scripts import breaks_off, continues
+from tests.support.noon import NOON
 from tests.support.one_node import OneNode, standing_node
 from tests.support.peer import Peer
 from tests.support.processes import free_port
@@ -50,6 +51,7 @@ def standing(tmp_path_factory: pytest.TempPathFactory, backend_port: int) -> Ite
         "user_limit": 2,
         "chats_per_minute": CHATS,
         "daily_quota": QUOTA,
+        "quota_timezone": NOON,
         "lease": "1s",
         "words": folder / "words",
         "ai_continue": "assistant",

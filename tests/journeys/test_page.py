@@ -31,6 +31,7 @@ from tests.journeys.page_steps import (
     whole_answer,
 )
 from tests.journeys.page_support import DESKTOP, PHONE, Page, open_page
+from tests.support.noon import NOON
 from tests.support.peer import peer
 from tests.support.processes import free_port
 from tests.support.servers import DemoBackend, NodeProcess, RedisServer, start_node
@@ -205,7 +206,8 @@ async def test_places_in_the_queue_and_a_full_queue(
 async def test_a_message_beyond_the_quota_of_the_day_is_told_so_and_not_sent_again(
     page: Page, valkey: RedisServer, demo: DemoBackend, tmp_path: Path
 ) -> None:
-    few = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="few", settings={"daily_quota": 1})
+    one = {"daily_quota": 1, "quota_timezone": NOON}
+    few = start_node(tmp_path, redis_url=valkey.url, ai_url=demo.url, node="few", settings=one)
     with few.process:
         await log_in(page, few)
         await ask(page, "One")
