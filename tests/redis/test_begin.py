@@ -150,7 +150,7 @@ async def test_no_more_requests_run_than_there_are_slots(redis_server: RedisServ
 async def test_a_request_whose_admission_has_lost_its_answer_is_answered(redis_server: RedisServer, fate: Fate) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        run_worker(redis_server, url=proxy.url, redis_timeout="300ms", sweep_interval="1h") as worker,
+        run_worker(redis_server, url=proxy.url, redis_timeout="1s", sweep_interval="1h") as worker,
     ):
         await worker.load_scripts()
         worker.backend.always = lambda call: call.done("answer")
@@ -169,7 +169,7 @@ async def test_an_attempt_whose_admission_has_lost_its_answer_is_the_first_one(
 ) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        run_worker(redis_server, url=proxy.url, redis_timeout="300ms", sweep_interval="1h", max_attempts=2) as worker,
+        run_worker(redis_server, url=proxy.url, redis_timeout="1s", sweep_interval="1h", max_attempts=2) as worker,
     ):
         await worker.load_scripts()
         worker.redis.sadd(worker.keys.route(USER), "elsewhere")
@@ -282,7 +282,7 @@ async def test_a_request_that_begins_is_not_taken_for_one_without_a_job(redis_se
 async def test_an_end_whose_answer_was_lost_is_counted_once(redis_server: RedisServer) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
+        run_worker(redis_server, url=proxy.url, redis_timeout="1s") as worker,
     ):
         await worker.load_scripts()
         await worker.ask()
@@ -301,7 +301,7 @@ async def test_an_end_is_counted_although_redis_fails_right_after_it_is_recorded
 ) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
+        run_worker(redis_server, url=proxy.url, redis_timeout="1s") as worker,
     ):
         await worker.load_scripts()
         await worker.ask()

@@ -19,13 +19,13 @@ from tests.support.processes import free_port
 from tests.support.servers import RedisServer
 from tests.support.waiting import wait_until
 
-SHORT = timedelta(milliseconds=300)
+TIMEOUT = timedelta(seconds=5)
 
 
 @pytest.fixture
 async def redis_client(redis_server: RedisServer) -> AsyncIterator[RedisClient]:
-    """A client with two connections and a short timeout."""
-    async with RedisClient(redis_server.admin_url, connections=2, timeout=SHORT) as redis_client:
+    """A client with two connections."""
+    async with RedisClient(redis_server.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
         yield redis_client
 
 
@@ -75,15 +75,16 @@ async def test_a_batch_is_bounded_and_the_rest_takes_the_next_one(
 
 
 async def test_while_one_lane_waits_the_others_carry_on(redis_server: RedisServer, store: Store) -> None:
-    async with RedisClient(redis_server.admin_url, connections=2, timeout=timedelta(seconds=5)) as redis_client:
-        blocked = asyncio.create_task(redis_client.execute("BLPOP", "nothing", 1))
+    async with RedisClient(redis_server.admin_url, connections=2, timeout=timedelta(minutes=1)) as redis_client:
+        blocked = asyncio.create_task(redis_client.execute("BLPOP", "t:blocked", 0))
         await wait_until(
             lambda: any(one["cmd"] == "blpop" for one in store.redis.client_list()), "one connection waits"
         )
         answers = [await redis_client.execute("ECHO", str(n)) for n in range(20)]
         assert answers == [str(n) for n in range(20)]
         assert not blocked.done()
-        assert await blocked is None
+        store.redis.rpush("t:blocked", "x")
+        assert await blocked == ["t:blocked", "x"]
 
 
 async def test_a_refused_command_fails_alone(redis_client: RedisClient) -> None:
@@ -102,7 +103,7 @@ async def test_a_refused_command_fails_alone(redis_client: RedisClient) -> None:
 
 async def test_a_refused_command_lets_go_of_who_asked(redis_client: RedisClient, redis_server: RedisServer) -> None:
     assert await lets_go(lambda _: redis_client.execute("NO-SUCH-COMMAND"))
-    reader = BlockingReader(redis_server.admin_url, block=SHORT, timeout=SHORT)
+    reader = BlockingReader(redis_server.admin_url, block=TIMEOUT, timeout=TIMEOUT)
     assert await lets_go(lambda _: reader.execute("NO-SUCH-COMMAND"))
     await reader.aclose()
 
@@ -156,7 +157,7 @@ async def test_a_server_that_cannot_persist_is_as_good_as_away(own_server: Redis
         client.set("k", "v")
         shutil.rmtree(own_server.folder)  # the folder of its snapshots
         await wait_until(lambda: _cannot_save(client), "a save has failed")
-    async with RedisClient(own_server.admin_url, connections=1, timeout=SHORT) as redis_client:
+    async with RedisClient(own_server.admin_url, connections=1, timeout=TIMEOUT) as redis_client:
         with pytest.raises(StoreUnavailable, match="MISCONF"):
             await redis_client.execute("SET", "k", "v")
         with pytest.raises(StoreUnavailable, match="MISCONF"):

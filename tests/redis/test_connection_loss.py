@@ -16,7 +16,7 @@ from tests.support.servers import RedisServer
 from tests.support.tcp_proxy import tcp_proxy
 from tests.support.waiting import wait_until
 
-SHORT = timedelta(milliseconds=300)
+SHORT = timedelta(seconds=1)
 
 
 def pause(server: RedisServer) -> None:
@@ -38,7 +38,7 @@ async def test_a_hung_server_is_given_up_in_time_and_answers_again_later(own_ser
         began = asyncio.get_running_loop().time()
         results = await asyncio.gather(*(redis_client.execute("ECHO", n) for n in range(20)), return_exceptions=True)
         assert all(isinstance(result, StoreUnavailable) for result in results)
-        assert asyncio.get_running_loop().time() - began < 5
+        assert asyncio.get_running_loop().time() - began < 5 * SHORT.total_seconds()
         resume(own_server)
         await wait_until(lambda: _answers(redis_client), "it answers again")
         # The late replies reach no other caller.
@@ -171,8 +171,8 @@ async def test_something_else_where_redis_should_be_is_no_redis(words: bytes) ->
 
 
 async def test_the_reader_blocks_for_as_long_as_it_may(redis_server: RedisServer) -> None:
-    reader = BlockingReader(redis_server.admin_url, block=timedelta(seconds=1), timeout=SHORT)
-    assert await reader.execute("BLPOP", "nothing", "0.5") is None  # longer than the timeout
+    reader = BlockingReader(redis_server.admin_url, block=timedelta(seconds=2), timeout=SHORT)
+    assert await reader.execute("BLPOP", "nothing", "1.5") is None  # longer than the timeout
     with pytest.raises(StoreRefused):
         await reader.execute("XREADGROUP", "GROUP", "g", "c", "STREAMS", "s", ">")
     await reader.aclose()

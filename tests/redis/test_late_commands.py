@@ -34,7 +34,7 @@ async def run_late(client: Any, command: Trap, name: str) -> None:  # noqa: ANN4
 async def test_an_opening_that_runs_after_its_repetition_does_not_supersede_it(redis_server: RedisServer) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        run_worker(redis_server, url=proxy.url, redis_timeout="300ms", sweep_interval="1h") as worker,
+        run_worker(redis_server, url=proxy.url, redis_timeout="1s", sweep_interval="1h") as worker,
     ):
         await worker.load_scripts()
         opening = proxy.hold(LUA["open"].digest.encode())
@@ -74,7 +74,7 @@ async def test_an_opening_of_a_drained_node_delays_the_answer_of_the_next_one_on
 async def test_what_an_adopter_reads_after_it_has_released_the_stream_is_answered(redis_server: RedisServer) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        run_worker(redis_server, node="1", url=proxy.url, redis_timeout="300ms", lease=QUICK_LEASE) as adopter,
+        run_worker(redis_server, node="1", url=proxy.url, redis_timeout="1s", lease=QUICK_LEASE) as adopter,
     ):
         async with run_worker(redis_server, lease=QUICK_LEASE) as dying:
             await dying.ask("first")
@@ -103,7 +103,7 @@ async def test_a_route_that_is_removed_late_is_written_again(
     monkeypatch.setattr(presence, "_REFRESH_AFTER_ERROR", 4.0)
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        desk(redis_server, redis_url=proxy.url, redis_timeout="300ms") as node,
+        desk(redis_server, redis_url=proxy.url, redis_timeout="1s") as node,
     ):
         first = node.session()
         await node.presence.on_login(first, USER)  # type: ignore[arg-type]

@@ -221,7 +221,7 @@ async def test_text_that_comes_after_a_message_was_cancelled_elsewhere_is_shown_
 async def test_while_redis_is_away_a_cancel_says_so_in_time_and_counts_later(redis_server: RedisServer) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        run_worker(redis_server, url=proxy.url, redis_timeout="200ms") as worker,
+        run_worker(redis_server, url=proxy.url, redis_timeout="1s") as worker,
     ):
         client = worker.follow()
         await worker.ask()

@@ -53,7 +53,7 @@ async def test_the_backend_is_called_and_the_answer_ends_beside_a_slow_notice_to
 async def test_text_goes_on_after_an_append_whose_answer_was_lost(redis_server: RedisServer, fate: Fate) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
+        run_worker(redis_server, url=proxy.url, redis_timeout="1s") as worker,
     ):
         await worker.load_scripts()
         await worker.ask()
@@ -99,7 +99,7 @@ async def test_a_flush_that_waited_for_the_end_reports_no_attempt_that_was_super
 async def test_an_end_is_recorded_after_an_append_whose_answer_was_lost(redis_server: RedisServer) -> None:
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        run_worker(redis_server, url=proxy.url, redis_timeout="300ms") as worker,
+        run_worker(redis_server, url=proxy.url, redis_timeout="1s") as worker,
     ):
         await worker.load_scripts()
         await worker.ask()

@@ -206,7 +206,7 @@ async def test_a_claim_whose_answer_was_lost_is_no_further_death(redis_server: R
         leave_pending(worker, 1, await worker.ask())
     async with (
         tcp_proxy(redis_server.port) as proxy,
-        run_worker(redis_server, start=False, url=proxy.url, redis_timeout="200ms", max_deliveries=3) as worker,
+        run_worker(redis_server, start=False, url=proxy.url, redis_timeout="1s", max_deliveries=3) as worker,
     ):
         traps = []
         worker.start()
