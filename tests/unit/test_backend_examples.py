@@ -166,14 +166,14 @@ async def test_dashscope(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_deepseek(monkeypatch: pytest.MonkeyPatch) -> None:
     async def deepseek(exchange: Exchange) -> None:
         await exchange.start()
-        for _ in range(10):  # longer than the limit of silence
+        for _ in range(15):  # longer than the limit of silence
             await exchange.send(b": keep-alive\n\n")
             await asyncio.sleep(0.1)
         await exchange.send(delta(role="assistant", content=None, reasoning_content="hm"), delta(content="Yes"))
         await exchange.send(event(chunk("", finish_reason="stop", usage={**USAGE, "prompt_cache_hit_tokens": 0})), DONE)
         await exchange.end()
 
-    limits = {"ai_first_token_timeout": "700ms", "ai_load_timeout": "700ms"}
+    limits = {"ai_first_token_timeout": "1s", "ai_load_timeout": "1s"}
     async with using("DeepSeek", deepseek, monkeypatch=monkeypatch, **limits) as asked:
         assert await ask(asked) == Completion("stop", {**USAGE, "prompt_cache_hit_tokens": 0})
         assert asked.text == "Yes"

@@ -28,7 +28,7 @@ from tests.support.waiting import wait_until
 
 STOP = event(chunk(finish_reason="stop"))
 ROLE = event({"choices": [{"delta": {"role": "assistant", "content": ""}}]})
-FIRST_TOKEN: dict[str, Any] = {"ai_first_token_timeout": "300ms", "ai_load_timeout": "300ms"}
+FIRST_TOKEN: dict[str, Any] = {"ai_first_token_timeout": "1s", "ai_load_timeout": "1s"}
 REASONING = event({"choices": [{"delta": {"reasoning_content": "hm"}}]})
 
 
@@ -108,7 +108,7 @@ async def test_only_the_beginning_of_an_error_body_is_read() -> None:
 async def test_the_limit_to_the_first_token_is_not_one_of_errors() -> None:
     async def script(exchange: Exchange) -> None:
         await exchange.start(503, framing=5)
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(1.5)
         await exchange.send(b"later")
 
     error = await failure(script, **FIRST_TOKEN)
@@ -338,8 +338,8 @@ async def test_keep_alive_comments_are_no_tokens() -> None:
         await exchange.send(event(chunk("a")))
         await comments(exchange)
 
-    error = await failure(before, ai_queue_timeout="900ms", **FIRST_TOKEN)
-    assert (error.reason, cause(error)) == ("first_token_timeout", "after 0.9 s")
+    error = await failure(before, ai_queue_timeout="1500ms", **FIRST_TOKEN)
+    assert (error.reason, cause(error)) == ("first_token_timeout", "after 1.5 s")
     assert (await failure(between, ai_idle_timeout="100ms")).reason == "idle_timeout"
 
 
@@ -404,9 +404,9 @@ async def test_usage_that_comes_late_is_waited_for_even_beyond_the_total_limit()
     async def script(exchange: Exchange) -> None:
         await exchange.start()
         await exchange.send(event(chunk("a")) + STOP)
-        await asyncio.sleep(0.8)
+        await asyncio.sleep(1.5)
         await exchange.send(event(usage_chunk(total_tokens=1)), DONE)
         await exchange.end()
 
-    async with asking(script, ai_total_timeout="500ms", ai_idle_timeout="500ms") as asked:
+    async with asking(script, ai_total_timeout="1s", ai_idle_timeout="1s") as asked:
         assert await asked.ask() == Completion("stop", {"total_tokens": 1})

@@ -121,7 +121,7 @@ async def test_a_connection_does_not_rest_before_its_first_text() -> None:
 
 
 async def test_the_rest_of_a_connection_is_no_silence_of_its_backend() -> None:
-    async with asking_busy(ai_idle_timeout="600ms") as (asked, rollup):
+    async with asking_busy(ai_idle_timeout="2s") as (asked, rollup):
         loop = asyncio.get_running_loop()
 
         async def script(exchange: Exchange) -> None:
@@ -130,7 +130,7 @@ async def test_the_rest_of_a_connection_is_no_silence_of_its_backend() -> None:
             await wait_until(lambda: rollup.resting is not None, "the connection rests")
             await exchange.send(event(chunk("b")), END)
             rested_from = loop.time()
-            await wait_until(lambda: loop.time() > rested_from + 1, "it would have rested for longer than the limit")
+            await wait_until(lambda: loop.time() > rested_from + 2.5, "it would have rested for longer than the limit")
             await exchange.end()
 
         asked.backend.then(script)

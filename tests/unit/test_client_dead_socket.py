@@ -13,7 +13,7 @@ from tests.support.scripted_ws import FAST, USER, connected, scripted_server, wi
 from tests.support.tcp_proxy import tcp_proxy
 from tests.support.waiting import SLOW, wait_until
 
-PROBED = replace(FAST, probe=timedelta(milliseconds=600))
+PROBED = replace(FAST, probe=timedelta(seconds=1))
 
 
 @pytest.mark.parametrize("is_cancel", [False, True], ids=["message", "cancel"])

@@ -139,7 +139,7 @@ async def test_deltas_come_at_the_pace_that_is_asked_for() -> None:
         began = loop.time()
         await client.events("x [[demo length=11 pace=20ms first=100ms]]")
         assert loop.time() - began >= 0.29  # 100 ms before the first of eleven, and ten times 20 ms
-        async with client.ask("x [[demo length=11 pace=20ms]]") as answer:
+        async with client.ask("x [[demo length=11 pace=100ms]]") as answer:
             reads = [data async for data in answer.content.iter_any()]
     assert len(reads) > 1
 

@@ -124,8 +124,13 @@ def test_whoever_sends_all_characters_there_are_does_not_make_ordinary_ones_slow
 
 
 def _cost(text: str) -> float:
+    """The CPU time of the fastest of some rounds: others may find the caches of the CPU empty."""
+
+    def measured() -> float:
+        begin = time.thread_time()
+        for _ in range(5):
+            normalize(text)
+        return time.thread_time() - begin
+
     normalize(text)
-    begin = time.thread_time()
-    for _ in range(20):
-        normalize(text)
-    return time.thread_time() - begin
+    return min(measured() for _ in range(10))
