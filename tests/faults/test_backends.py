@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -132,7 +133,7 @@ def slow_end(first: str, second: str) -> Script:
 async def test_with_one_of_two_backends_dead_only_one_call_in_each_pause_of_its_breaker_is_late(
     users: int, redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    connect = 1.0  # seconds
+    connect = 2.0  # seconds
     settings = {"ai_breaker_failures": 1, "ai_breaker_pause": "2s"}
     with unaccepting_port() as port:
         async with (
@@ -145,7 +146,9 @@ async def test_with_one_of_two_backends_dead_only_one_call_in_each_pause_of_its_
                 alive={"url": alive.url, "priority": 1},
             ) as node,
         ):
+            began = time.monotonic()
             waits = [await first_delta(node, USER + n) for n in range(users)]
+            took = time.monotonic() - began
             late = [seconds for seconds in waits if seconds >= 0.95 * connect]  # others may wait for a busy machine
             assert late, "nobody has found out that it is dead"
             assert max(late) < connect + 1.0 * SLOW
@@ -153,7 +156,7 @@ async def test_with_one_of_two_backends_dead_only_one_call_in_each_pause_of_its_
             dead = states(node)["dead"]
             assert len(late) <= dead["calls"]  # only those that have tried it
             # The pauses are 2 s, 4 s, 8 s, …, and each ends with one call.
-            assert dead["calls"] <= 2 + sum(waits) / 2
+            assert dead["calls"] <= 2 + took / 2
             assert len(late) < len(waits) / 2
             assert (dead["state"], dead["lastError"].partition(":")[0]) == ("away", "connect_timeout")
             assert node.dead() == []

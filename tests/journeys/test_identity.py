@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("unmeasured")
 USER, OTHER = user_id(10001), user_id(10002)
 BRIEF = "[[demo first=0 pace=1ms length=20]]"
 LONG = "[[demo first=0 pace=10ms length=5000]]"
-WARNING = 1.0
+WARNING = 2.0
 
 shown: list[str] = []
 """All tokens of this module, none of which may be in the node's log."""
@@ -154,20 +154,20 @@ async def test_a_token_in_the_address_is_none(node: OneNode) -> None:
 
 async def test_a_login_ends_with_its_token_after_a_warning(node: OneNode) -> None:
     began = time.time()
-    async with node.peer(USER, token=of(USER, holds=2.5)) as someone:
+    async with node.peer(USER, token=of(USER, holds=4.5)) as someone:
         warning = await someone.until(msgType="SYSTEM")
-        assert time.time() < began + 2.5, "the warning comes before the login expires"
+        assert time.time() < began + 4.5, "the warning comes before the login expires"
         assert warning["code"] == "UNAUTHORIZED"
         assert "请用新的令牌再次登录" in warning["contents"]
         await someone.chat(USER, f"still here {BRIEF}", "m-warned")
         await someone.end_of("m-warned")
         assert (await refused(someone))["contents"] == "登录已过期,请重新登录"
-        assert time.time() >= began + 2.5
+        assert time.time() >= began + 4.5
 
 
 async def test_a_new_token_on_the_same_socket_prolongs_it_while_an_answer_goes_on(node: OneNode) -> None:
-    async with node.peer(USER, token=of(USER, holds=2)) as someone:
-        first_ends = time.time() + 2
+    async with node.peer(USER, token=of(USER, holds=4)) as someone:
+        first_ends = time.time() + 4
         await someone.chat(USER, f"long {LONG}", "m-long")
         await someone.until(msgType="SYSTEM", code="UNAUTHORIZED")
         await someone.send_frame("INIT", userId=USER, token=of(USER))
@@ -183,7 +183,7 @@ async def test_a_python_client_goes_on_with_fresh_tokens_and_notices_nothing(nod
     given: list[str] = []
 
     async def fresh() -> str:
-        given.append(of(USER, holds=2))
+        given.append(of(USER, holds=4))
         return given[-1]
 
     changes: list[object] = []
