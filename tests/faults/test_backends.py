@@ -263,7 +263,7 @@ async def test_a_backend_killed_in_the_middle_of_answers_again_and_again_loses_n
                 assert node.dead() == []
                 assert (restarts == 0) == (continues == "assistant")
                 # A cut answer is one attempt, and the next one is made at the backend that lives.
-                assert {fields["attempt"] for fields in node.record(USER, "m1")} <= {"1", "2"}
+                assert {fields["attempt"] for fields in node.record(USER, "m1")} <= {"0", "1", "2"}  # 0: it was queued
                 await node.settled()
 
 

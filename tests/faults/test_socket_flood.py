@@ -239,7 +239,8 @@ async def _more_objects(node: OneNode) -> Counter[str]:
     """How many more objects the node has than at the last call, by type."""
 
     def told() -> list[str]:
-        return [line for line in node.now.process.output().splitlines() if line.startswith('{"event": "objects"')]
+        printed = node.now.process.output().splitlines()  # the last line may be incomplete
+        return [line for line in printed if line.startswith('{"event": "objects"') and line.endswith("}}")]
 
     before = len(told())
     node.now.process.signal(signal.SIGUSR1)

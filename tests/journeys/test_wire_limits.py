@@ -201,7 +201,7 @@ async def test_flooders_cost_others_no_time(node: OneNode) -> None:
 
 
 async def test_who_keeps_to_the_pace_is_never_told_anything(node: OneNode) -> None:
-    async with node.peer(USER) as someone:
+    async with many_sockets(node, USER) as [someone]:
         for _ in range(BURST // 2):
             await someone.send("PING")
         for _ in range(BURST // 2):
