@@ -833,7 +833,7 @@ async def test_beats_as_often_as_the_server_asks_for_it(browser: BrowserClient) 
 
 
 async def test_a_server_that_never_answers_a_login_is_left(browser: BrowserClient) -> None:
-    await browser.start(patience=100)
+    await browser.start(patience=1_000)
     await (await browser.server.peer()).hear_init()
     await (await browser.server.peer()).hear_init()
 

@@ -17,7 +17,7 @@ from tests.redis.conftest import chat_request
 from tests.support.processes import free_port, start, wait_for
 from tests.support.servers import ADMIN, OPS, USER, RedisServer, users
 
-TIMEOUT = timedelta(seconds=2)
+TIMEOUT = timedelta(seconds=10)
 USER_LINES = [line for line in users().splitlines() if line.startswith("user ")]
 
 

@@ -12,7 +12,7 @@ from tests.support.redis_sets import cluster_set, sentinel_set
 from tests.support.servers import USER
 from tests.support.waiting import wait_until
 
-TIMEOUT = timedelta(seconds=2)
+TIMEOUT = timedelta(seconds=10)
 LOGIN = "check the user and the password in IMSTREAM_REDIS_URL"
 PERMISSION = "grant the user the permissions in ops/redis-users.acl"
 

@@ -271,7 +271,7 @@ async def test_a_master_that_dies_or_hangs_costs_the_others_nothing_and_its_repl
 async def test_a_master_without_a_replica_is_found_again_when_it_is_back(own_cluster: ClusterSet) -> None:
     stream = streams_of(own_cluster)[0]
     own_cluster.replicas[0].kill()
-    async with RedisClient(own_cluster.admin_url, connections=2, timeout=TIMEOUT) as redis_client:
+    async with RedisClient(own_cluster.admin_url, connections=2, timeout=TIMEOUT * SLOW) as redis_client:
         await redis_client.execute("XADD", stream, "*", "n", 1)
         own_cluster.masters[0].kill()
         for _ in range(3):
@@ -296,8 +296,8 @@ async def test_a_cluster_all_of_whose_nodes_were_replaced_is_found_under_the_nam
 ) -> None:
     async with tcp_proxy(own_cluster.masters[0].port) as proxy:
         url = f"redis+cluster://admin:admin-secret@127.0.0.1:{proxy.port}"
-        reader = BlockingReader(url, block=BLOCK, timeout=TIMEOUT)
-        async with RedisClient(url, connections=1, timeout=TIMEOUT) as redis_client:
+        reader = BlockingReader(url, block=BLOCK, timeout=TIMEOUT * SLOW)
+        async with RedisClient(url, connections=1, timeout=TIMEOUT * SLOW) as redis_client:
             await redis_client.execute("SET", "k", "old")
             assert await reader.execute("GET", "k") == "old"
             await asyncio.to_thread(own_cluster.stop)

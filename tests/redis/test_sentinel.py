@@ -146,8 +146,8 @@ async def test_a_reader_that_is_blocked_as_its_server_is_demoted_is_told_that_re
 async def test_a_connection_to_a_server_that_is_no_longer_the_master_is_given_up(
     own_server: RedisServer, command: tuple[str | int, ...]
 ) -> None:
-    reader = BlockingReader(own_server.admin_url, block=BLOCK, timeout=TIMEOUT)
-    async with RedisClient(own_server.admin_url, connections=1, timeout=TIMEOUT) as redis_client:
+    reader = BlockingReader(own_server.admin_url, block=BLOCK, timeout=TIMEOUT * SLOW)
+    async with RedisClient(own_server.admin_url, connections=1, timeout=TIMEOUT * SLOW) as redis_client:
         before = await redis_client.execute("CLIENT", "ID"), await reader.execute("CLIENT", "ID")
         with own_server.client() as client:
             client.replicaof("127.0.0.1", free_port())

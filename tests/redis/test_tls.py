@@ -20,7 +20,7 @@ from tests.support.servers import RedisServer, missing, redis_7_binary, start_no
 from tests.support.tcp_proxy import TcpProxy, tcp_proxy
 from tests.support.waiting import wait_until
 
-TIMEOUT = timedelta(seconds=2)
+TIMEOUT = timedelta(seconds=10)
 MANY: dict[str, Callable[..., AbstractContextManager[Topology]]] = {"sentinel": sentinel_set, "cluster": cluster_set}
 
 
