@@ -9,6 +9,7 @@ import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,7 @@ async def test_each_user_comes_to_the_same_node_over_wss_too(balancer: TlsBalanc
 
 
 async def test_a_client_that_does_not_trust_the_authority_does_not_connect(balancer: TlsBalancer) -> None:
-    timing = Timing(open=Timing().close)
+    timing = Timing(open=timedelta(seconds=6))
     with pytest.raises(NotConnected, match="CERTIFICATE_VERIFY_FAILED"):
         async with Client(balancer.wss, user_id(10001), timing=timing):
             pass

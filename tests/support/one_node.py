@@ -210,7 +210,7 @@ class OneNode:
 
         await wait_until(lambda: leaked() == 0, "no file descriptor is left over")
 
-    def logged(self, event: str | None = None, **fields: object) -> list[dict[str, Any]]:
+    def logged(self, event: str | None = None, /, **fields: object) -> list[dict[str, Any]]:
         """The log lines of this process with an event and these fields."""
         wanted = fields if event is None else {"event": event, **fields}
         printed = self.now.process.output().splitlines()  # the last line may be incomplete
