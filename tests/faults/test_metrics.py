@@ -55,7 +55,11 @@ async def test_an_adopted_stream_has_its_own_label_until_it_is_released(nodes: M
     await nodes.left_alone()
     await agrees(nodes, "a", at="a")
     await agrees(nodes, "b", at="b")
-    assert unfinished("a") not in await scraped(nodes["b"].now.http)
+
+    async def is_gone() -> bool:
+        return unfinished("a") not in await scraped(nodes["b"].now.http)
+
+    await wait_until(is_gone, "node b no longer counts the stream")
 
 
 async def test_a_scrape_never_waits_for_redis(nodes: ManyNodes) -> None:
