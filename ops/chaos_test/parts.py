@@ -16,8 +16,8 @@ START_LIMIT = 30.0
 """Time limit for a part to be ready, in seconds."""
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_PORTS = range(20_000, 32_000)
-"""Below the ports of outgoing connections, one of which could take a part's port while the part is down."""
+_PORTS = range(30_000, 32_700)
+"""Above those of the tests, and below the ports of outgoing connections: nobody takes a part's port while it is down."""
 
 
 def free_ports(count: int) -> list[int]:

@@ -194,7 +194,7 @@ async def test_words_pass_one_by_one_while_the_answer_is_being_made(balancer: Ba
         while len(deltas) < 30:
             deltas.append((await socket.until(messageId=message_id, event="delta"))["contents"])
         assert farm.unfinished() == 1  # a part of the answer is here, the rest is not generated yet
-        assert sum(delta in pieces for delta in deltas) >= 20  # a busy machine may merge some
+        assert sum(delta in pieces for delta in deltas) >= 10  # a busy machine may merge many
         assert (await socket.end_of(message_id)).text == "".join(pieces)
 
 
