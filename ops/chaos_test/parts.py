@@ -17,7 +17,7 @@ START_LIMIT = 30.0
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _PORTS = range(30_000, 32_700)
-"""Above those of the tests, and below the ports of outgoing connections: nobody takes a part's port while it is down."""
+"""Above those of the tests, and below those of outgoing connections: nobody takes a port while its part is down."""
 
 
 def free_ports(count: int) -> list[int]:
